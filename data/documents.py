@@ -1,0 +1,72 @@
+"""Rows of a source or of the generate stage -> documents to pack."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from data.chat import Unrenderable, render
+from data.pack import Document
+from data.sources import Row, prompt_key, prompt_of
+
+MOST_DROPPED = 0.05  # share of conversations that may be unrenderable before it is an error
+VALIDATION = 100  # one row in so many, by hash, measures and is never trained on
+
+
+class Documents:
+    """Tokenised rows, split into training and validation by a hash of the prompt (or the text).
+
+    All answers to one prompt fall on one side. Counts what it drops, and raises ValueError when
+    more than 5 % of the conversations cannot be rendered with a loss mask.
+    """
+
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        self.tokenizer, self.name = tokenizer, name
+        self.rows = 0
+        self.dropped: Counter[str] = Counter()
+        self.supervised = self.tokens = 0
+
+    def __call__(self, rows: Iterable[Row], validation: bool) -> Iterator[Document]:
+        """The documents of one side of the split."""
+        for row in rows:
+            if is_validation(row) != validation:
+                continue
+            self.rows += 1
+            document = self._document(row)
+            if document is not None:
+                self.tokens += len(document.ids)
+                self.supervised += sum(document.mask)
+                yield document
+        self._complain()
+
+    def _document(self, row: Row) -> Document | None:
+        if "answer_ids" in row:
+            prompt, answer = row["prompt_ids"], row["answer_ids"]
+            return Document(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+        if "messages" in row:
+            try:
+                return Document(*render(self.tokenizer, row["messages"]))
+            except Unrenderable as why:
+                self.dropped[str(why)] += 1
+                return None
+        ids = self.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+        if self.tokenizer.bos_token_id is not None:
+            ids = [self.tokenizer.bos_token_id, *ids]
+        if self.tokenizer.eos_token_id is not None:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        return Document(ids, [True] * len(ids), splittable=True)
+
+    def _complain(self) -> None:
+        dropped = sum(self.dropped.values())
+        if dropped > MOST_DROPPED * max(1, self.rows):
+            reasons = ", ".join(f"{n:,} because {why}" for why, n in self.dropped.most_common())
+            raise ValueError(
+                f"{dropped:,} of {self.rows:,} conversations of {self.name} cannot be rendered with "
+                f"a loss mask: {reasons}; check the target's chat template with view=true"
+            )
+
+
+def is_validation(row: Row) -> bool:
+    """Whether a row measures; independent of `heldout`, which keeps whole prompts for the bench."""
+    said = row.get("text") or row.get("prompt") or prompt_of(row)
+    key = prompt_key("validation:" + said)
+    return int(key[:8], 16) % VALIDATION == 0

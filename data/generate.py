@@ -1,0 +1,231 @@
+"""Stage `generate`: the frozen target answers prompts, giving the drafter's distillation set.
+
+Shards of JSON lines, each written whole; a shard that is there is not made again.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data.chat import Message, prompt_ids, require_template, template_hash
+from data.language import Gate, language_of
+from data.repetition import is_repetitive
+from data.sources import Row, Source, heldout, prompt_key, prompt_of
+from decoding.loop import decode
+from decoding.sampling import Sampling
+from decoding.target import Pretrained, Target
+from drafters.base import write_json
+
+SURE = 40  # characters from which an answer's language is judged
+
+
+class Generate:
+    """Asks the target the prompts of the training side of the split.
+
+    Prompt i gets `answers_per_prompt` answers, the j-th at temperatures[(i + j) mod n] (Yi et al.
+    2024 use 0, 0.3, 0.7, 1.0). Answers that were truncated, are degenerate or in another language
+    than `language` are counted and dropped. A row keeps the exact ids, so training never
+    re-tokenises what the target wrote.
+    """
+
+    free = frozenset({"batch_size"})
+
+    def __init__(
+        self,
+        *,
+        target: Pretrained,
+        prompts: Source,
+        temperatures: list[float],
+        language: str | None = None,
+        answers_per_prompt: int = 1,
+        limit: int | None = None,
+        max_new_tokens: int = 512,
+        max_prompt_tokens: int = 1024,
+        batch_size: int = 32,
+        shard_size: int = 512,
+        seed: int = 0,
+    ) -> None:
+        counts = (answers_per_prompt, max_new_tokens, max_prompt_tokens, batch_size, shard_size)
+        if min(counts) < 1 or not temperatures:
+            raise ValueError(
+                "generate needs at least one temperature, and answers_per_prompt, max_new_tokens, "
+                f"max_prompt_tokens, batch_size, shard_size of at least 1; got {counts}"
+            )
+        self.target, self.prompts, self.temperatures = target, prompts, temperatures
+        self.language, self.answers_per_prompt, self.limit = language, answers_per_prompt, limit
+        self.max_new_tokens, self.max_prompt_tokens = max_new_tokens, max_prompt_tokens
+        self.batch_size, self.shard_size, self.seed = batch_size, shard_size, seed
+
+    def run(self, out: Path, *, target: Path | None = None) -> dict[str, float]:
+        """Writes artifact/shard-*.jsonl and data.json (counts, template and tokenizer of origin)."""
+        tokenizer = self.target.tokenizer(target)
+        require_template(tokenizer, self.target.path or "the target")
+        gate = Gate(self.prompts.language, of="prompt")
+        questions = list(islice(self._questions(gate), self.limit))
+        print(f"prompts: {gate.summary()}", flush=True)
+        folder = out / "artifact"
+        folder.mkdir(parents=True, exist_ok=True)
+        jobs = [(i, j) for i in range(len(questions)) for j in range(self.answers_per_prompt)]
+        shards = [jobs[a : a + self.shard_size] for a in range(0, len(jobs), self.shard_size)]
+        model, total = None, Counter[str]()
+        with tqdm(total=len(jobs), unit="answer", desc="generate", mininterval=2) as bar:
+            for number, shard in enumerate(shards):
+                file = folder / f"shard-{number:05d}.jsonl"
+                note = file.with_suffix(".counts.json")
+                if not note.is_file():
+                    model = model or self.target.load(target)
+                    self._answer(model, tokenizer, questions, shard, file, bar)
+                else:
+                    bar.update(len(shard))
+                total.update(json.loads(note.read_text(encoding="utf-8")))
+                bar.set_postfix(kept=total["kept"], tokens=total["tokens"])
+        return self._finish(folder, total, tokenizer)
+
+    def _questions(self, gate: Gate) -> Iterator[Row]:
+        seen = set()
+        for row in gate(self.prompts.rows()):
+            key = prompt_key(prompt_of(row))
+            if key not in seen and not heldout(prompt_of(row)):
+                seen.add(key)
+                yield row
+
+    def _answer(
+        self,
+        model: Target,
+        tokenizer: Any,
+        questions: list[Row],
+        jobs: list[tuple[int, int]],
+        file: Path,
+        bar: tqdm,
+    ) -> None:
+        """One shard: all its conversations, turn by turn, grouped by temperature."""
+        talks = [_Talk(questions[i], self._temperature(i, j), i, j) for i, j in jobs]
+        while waiting := [talk for talk in talks if talk.waiting]:
+            for talk in waiting:
+                talk.ask(tokenizer, self.max_prompt_tokens)
+            ready = [talk for talk in waiting if talk.fault is None]
+            ready.sort(key=lambda talk: (talk.temperature, len(talk.ids)))
+            for temperature in sorted({t.temperature for t in ready}):
+                group = [t for t in ready if t.temperature == temperature]
+                for a in range(0, len(group), self.batch_size):
+                    self._batch(model, tokenizer, group[a : a + self.batch_size])
+                    bar.update(sum(not t.waiting for t in group[a : a + self.batch_size]))
+        bar.update(sum(talk.fault == "prompt too long" for talk in talks))
+        self._write(file, talks, model, template_hash(tokenizer))
+
+    def _batch(self, model: Target, tokenizer: Any, talks: list["_Talk"]) -> None:
+        sampling = Sampling(temperature=talks[0].temperature, seed=self.seed)
+        room = model.shape.max_positions - max(len(t.ids) for t in talks)
+        done = decode(
+            model,
+            None,
+            [talk.ids for talk in talks],
+            sampling=sampling,
+            max_new_tokens=min(self.max_new_tokens, room),
+            requests=[talk.request for talk in talks],
+        )
+        for talk, answer in zip(talks, done.answers, strict=True):
+            text = tokenizer.decode(answer.ids, skip_special_tokens=True)
+            talk.hear(answer.ids, text, self._fault(answer.ids, text, answer.ended))
+
+    def _fault(self, ids: list[int], text: str, ended: bool) -> str | None:
+        if is_repetitive(ids):
+            return "degenerate"
+        if not ended:
+            return "truncated"
+        if not text.strip():
+            return "empty"
+        if self.language and len(text) >= SURE and language_of(text) != self.language:
+            return "wrong language"
+        return None
+
+    def _temperature(self, i: int, j: int) -> float:
+        return self.temperatures[(i + j) % len(self.temperatures)]
+
+    def _write(self, file: Path, talks: list["_Talk"], model: Target, template: str) -> None:
+        revision = self.target.revision or getattr(model.model.config, "_commit_hash", None)
+        origin = {"target": model.name, "revision": revision, "template": template}
+        counts: Counter[str] = Counter()
+        part = file.with_suffix(".part")
+        with part.open("w", encoding="utf-8") as stream:
+            for talk in talks:
+                counts[talk.fault or "kept"] += 1
+                if talk.samples:
+                    counts["tokens"] += sum(len(s["answer_ids"]) for s in talk.samples)
+                    row = talk.row() | {"seed": self.seed} | origin
+                    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(part, file)
+        write_json(file.with_suffix(".counts.json"), dict(counts))
+
+    def _finish(self, folder: Path, total: Counter[str], tokenizer: Any) -> dict[str, float]:
+        tokens = total.pop("tokens", 0)
+        counts = ", ".join(f"{n:,} {why}" for why, n in total.most_common())
+        print(f"answers: {counts}; {tokens:,} tokens kept", flush=True)
+        if not total["kept"]:
+            raise ValueError(
+                f"the target gave no usable answer: {counts}; raise max_new_tokens if they were "
+                "truncated, look at the target itself if they are degenerate"
+            )
+        note = {"rows": total["kept"], "tokens": tokens, "counts": dict(total)}
+        write_json(folder / "data.json", note | {"template": template_hash(tokenizer)})
+        everything = sum(total.values())
+        return {"answers": total["kept"], "tokens": tokens, "kept_share": total["kept"] / everything}
+
+
+class _Talk:
+    """One conversation being answered, turn by turn; a fault ends it before the faulty answer."""
+
+    def __init__(self, question: Row, temperature: float, i: int, j: int) -> None:
+        self.prompt = prompt_of(question)
+        self.temperature, self.request = temperature, i * 1000 + j
+        self.turns: list[Message] = []
+        self.samples: list[dict[str, list[int]]] = []
+        self.fault: str | None = None
+        self.ids: list[int] = []
+        self._todo = [m for m in question["messages"] if m["role"] != "assistant"]
+
+    @property
+    def waiting(self) -> bool:
+        return self.fault is None and bool(self._todo)
+
+    def ask(self, tokenizer: Any, most: int) -> None:
+        """Puts the next user turn, with any system turn before it."""
+        while self._todo:
+            self.turns.append(self._todo.pop(0))
+            if self.turns[-1]["role"] == "user":
+                break
+        self.ids = prompt_ids(tokenizer, self.turns)
+        if len(self.ids) > most:
+            self.fault = "prompt too long"
+
+    def hear(self, ids: list[int], text: str, fault: str | None) -> None:
+        """Takes the target's answer to the last turn, unless something is wrong with it."""
+        self.fault = fault
+        if fault is None:
+            self.turns.append({"role": "assistant", "content": text})
+            self.samples.append({"prompt_ids": self.ids, "answer_ids": ids})
+
+    def row(self) -> Row:
+        answer = next(m["content"] for m in reversed(self.turns) if m["role"] == "assistant")
+        return {
+            "prompt": self.prompt,
+            "turns": self.turns,
+            "answer": answer,
+            "temperature": self.temperature,
+            "samples": self.samples,
+        }
+
+
+def read(folder: Path) -> Iterator[Row]:
+    """Every answered turn of a generate stage's artifact: prompt, prompt_ids, answer_ids."""
+    for file in sorted(folder.glob("shard-*.jsonl")):
+        with file.open(encoding="utf-8") as stream:
+            for row in map(json.loads, stream):
+                for sample in row["samples"]:
+                    yield {"prompt": row["prompt"], **sample}

@@ -1,0 +1,250 @@
+"""Where the text of a stage comes from: local files, the Hub, or several sources in turn."""
+
+import hashlib
+import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, final
+
+from data.files import FORMATS, Records, find, read
+from data.lines import CHUNK, check_encoding
+from data.rows import Row, Shape, value_of
+
+
+def prompt_of(row: Row) -> str:
+    """The user's turns, one a line; of a row without messages its text."""
+    if "messages" not in row:
+        return row["text"]
+    return "\n".join(turn["content"] for turn in row["messages"] if turn["role"] == "user")
+
+
+def prompt_key(prompt: str) -> str:
+    """32 hex digits, the same for prompts that differ in width, case or white space only."""
+    plain = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+    return hashlib.sha256(plain.encode()).hexdigest()[:32]
+
+
+def heldout(prompt: str, share: float = 0.02) -> bool:
+    """Whether this prompt, in any of its spellings, is one of the `share` kept from training.
+
+    Depends on the prompt alone, so every source, run and machine splits alike, and a larger
+    share holds out all that a smaller one does.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"held-out share is {share}, expected 0 or more and less than 1: set it")
+    return int(prompt_key(prompt)[:16], 16) < share * 16**16
+
+
+class Source(ABC):
+    """Text, read as a stream. `rows` starts from the beginning each time it is called."""
+
+    name: str  # how messages call it
+    language: str | None = None  # ISO 639-1; None: do not check
+    licence: str | None = None
+
+    @abstractmethod
+    def rows(self) -> Iterator[Row]:
+        """All rows, always in the same order; ValueError where the text is not as described."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """64 hex digits that change when the rows do."""
+
+
+@final
+class Local(Source):
+    """Files of this machine: names or globs, read in order.
+
+    text | prompt (and answer) | messages: see data.rows.Shape.
+    columns: the names of the columns of csv and tsv files that have no header.
+    format: of files whose extension does not tell (such as news.ko: txt).
+    group: consecutive rows of a file with the same value in this column become one text of at
+    most CHUNK characters, a row a line (a longer row stays whole); for `text` only.
+    limit: rows that are read at most, counted after grouping.
+    """
+
+    def __init__(
+        self,
+        *,
+        files: Sequence[str],
+        text: str | None = None,
+        prompt: str | None = None,
+        answer: str | None = None,
+        messages: str | None = None,
+        columns: Sequence[str] | None = None,
+        format: str | None = None,
+        group: str | None = None,
+        encoding: str = "utf-8",
+        limit: int | None = None,
+        language: str | None = None,
+        licence: str | None = None,
+    ) -> None:
+        self._shape = Shape(text, prompt, answer, messages)
+        if group is not None and text is None:
+            raise ValueError("group is given without text, expected both: only texts are joined")
+        if format is not None and format not in FORMATS:
+            raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
+        check_encoding(encoding)
+        self._limit = check_limit(limit)
+        self._files, self._columns, self._format = files, columns, format
+        self._group, self._encoding = group, encoding
+        self.language, self.licence = language, licence
+        self.name = files if isinstance(files, str) else ", ".join(files)
+
+    def rows(self) -> Iterator[Row]:
+        return islice(self._all(), self._limit)
+
+    def fingerprint(self) -> str:
+        """Of what the files hold and how it is read; their names and dates do not count."""
+        columns = None if self._columns is None else list(self._columns)
+        how = (self._shape.key(), columns, self._format, self._group, self._encoding, self._limit)
+        digest = hashlib.sha256(repr(how).encode())
+        for path in find(self._files):
+            digest.update("".join(path.suffixes[-2:]).encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()
+
+    def _all(self) -> Iterator[Row]:
+        for path in find(self._files):
+            yield from self._file(path) if self._group is None else self._grouped(path)
+
+    def _file(self, path: Path) -> Iterator[Row]:
+        for where, record in self._records(path):
+            yield self._shape(record, f"{path}, {where}")
+
+    def _grouped(self, path: Path) -> Iterator[Row]:
+        assert self._group is not None
+        last, held, size = None, list[str](), 0
+        for where, record in self._records(path):
+            value = value_of(record, self._group, f"{path}, {where}")
+            text = self._shape(record, f"{path}, {where}")["text"]
+            if held and (value != last or size + len(text) > CHUNK):
+                yield {"text": "\n".join(held)}
+                held, size = [], 0
+            held.append(text)
+            last, size = value, size + len(text) + 1
+        if held:
+            yield {"text": "\n".join(held)}
+
+    def _records(self, path: Path) -> Records:
+        return read(path, columns=self._columns, encoding=self._encoding, format=self._format)
+
+
+@final
+class Hub(Source):
+    """A data set of the Hugging Face Hub, streamed in its own order; no code of it is run.
+
+    text | prompt (and answer) | messages: see data.rows.Shape. name: the configuration.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        name: str | None = None,
+        split: str = "train",
+        revision: str | None = None,
+        text: str | None = None,
+        prompt: str | None = None,
+        answer: str | None = None,
+        messages: str | None = None,
+        limit: int | None = None,
+        language: str | None = None,
+        licence: str | None = None,
+    ) -> None:
+        self._shape = Shape(text, prompt, answer, messages)
+        self._limit = check_limit(limit)
+        self._path, self._config, self._split, self._revision = path, name, split, revision
+        self.language, self.licence = language, licence
+        self.name = " ".join(part for part in (path, name, split) if part)
+
+    def rows(self) -> Iterator[Row]:
+        """ValueError for a data set, configuration or split that is not there (as far as the
+        Hub says); ConnectionError when the Hub cannot be reached, also half-way."""
+        count = 0
+        for count, record in enumerate(islice(self._records(), self._limit), start=1):
+            yield self._shape(record, f"{self.name}, row {count}")
+        if not count:
+            raise ValueError(f"{self.name} is empty, expected rows: name another split")
+
+    def fingerprint(self) -> str:
+        """Of the names, the revision and the templates: the Hub's content is named by its
+        revision, so without one (or with a branch) a changed data set goes unnoticed."""
+        named = (self._path, self._config, self._split, self._revision)
+        return hashlib.sha256(repr((named, self._shape.key(), self._limit)).encode()).hexdigest()
+
+    def _records(self) -> Iterator[Mapping[str, Any]]:
+        import datasets
+        import httpx
+
+        try:
+            yield from datasets.load_dataset(
+                self._path,
+                self._config,
+                split=self._split,
+                revision=self._revision,
+                streaming=True,
+            )
+        except datasets.exceptions.DatasetNotFoundError as error:
+            raise ValueError(
+                f"data set {self.name}: {first_line(error)}: correct path and revision, accept "
+                "its terms on the Hub and log in (hf auth login), or use data.sources.Local"
+            ) from None
+        except (OSError, httpx.HTTPError) as error:
+            raise ConnectionError(
+                f"data set {self.name} cannot be read from the Hub ({first_line(error)}): check "
+                "the network, HF_ENDPOINT and your token, or use data.sources.Local"
+            ) from None
+        except ValueError as error:  # no such configuration or split: datasets lists those it has
+            raise ValueError(
+                f"data set {self.name}: {first_line(error)}: correct name or split"
+            ) from None
+
+
+@final
+class Mix(Source):
+    """Several sources by turns: one row of each, in the order of `parts`, until all have ended.
+
+    How much a part holds is not known while it streams, so the longest is alone at the end:
+    give parts a `limit` to balance them. A part that is null is absent.
+    """
+
+    def __init__(self, *, parts: Mapping[str, Source | None]) -> None:
+        self._parts = {name: part for name, part in parts.items() if part is not None}
+        if not self._parts:
+            raise ValueError("parts is empty, expected at least one source: name one")
+        self.name = " + ".join(f"{name} ({part.name})" for name, part in self._parts.items())
+        languages = {part.language for part in self._parts.values()}
+        self.language = languages.pop() if len(languages) == 1 else None
+        licences = dict.fromkeys(part.licence for part in self._parts.values() if part.licence)
+        self.licence = ", ".join(licences) or None
+
+    def rows(self) -> Iterator[Row]:
+        turns = [part.rows() for part in self._parts.values()]
+        while turns:
+            for turn in list(turns):
+                row = next(turn, None)
+                if row is None:
+                    turns.remove(turn)
+                else:
+                    yield row
+
+    def fingerprint(self) -> str:
+        named = [(name, part.fingerprint()) for name, part in self._parts.items()]
+        return hashlib.sha256(repr(named).encode()).hexdigest()
+
+
+def check_limit(limit: int | None) -> int | None:
+    """The limit; ValueError unless it lets a row through."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}, expected 1 or more rows: set it, or null for all")
+    return limit
+
+
+def first_line(error: Exception) -> str:
+    """What the error says first, without its full stop; its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

@@ -1,0 +1,111 @@
+"""A preallocated key/value cache whose rows have lengths of their own and that keeps one tree path.
+
+Shapes: B batch, H key/value heads, C capacity, M tokens of a pass, W slots that a pass sees.
+"""
+
+import torch
+from torch import Tensor
+
+GROWTH = 256  # slots added at once when a cache is too small
+
+
+class Cache:
+    """Keys and values of the committed tokens, with room for the pass at hand.
+
+    `length[b]` tokens of row b are committed; what lies behind them is scratch, overwritten by the
+    next pass, so that rejecting a draft costs nothing. A pass is `open(M)`, one `update` a layer
+    (called by the model's attention) and `keep`.
+    """
+
+    def __init__(self, layers: int, rows: int, capacity: int) -> None:
+        self.length = [0] * rows
+        self.capacity = capacity
+        self._keys: list[Tensor | None] = [None] * layers
+        self._values: list[Tensor | None] = [None] * layers
+        self._write: tuple[Tensor, Tensor] | None = None
+        self._begin = self._width = 0
+
+    def open(self, tokens: int, device: torch.device) -> None:
+        """Announces a pass over `tokens` new tokens a row, written behind each row's length."""
+        self._begin, longest = min(self.length), max(self.length)
+        self._width = longest + tokens
+        if self._width > self.capacity:
+            self._grow(self._width + GROWTH)
+        self._write = None
+        if self._begin != longest:
+            start_B1 = torch.tensor(self.length, device=device)[:, None]
+            slots_BM = start_B1 + torch.arange(tokens, device=device)
+            rows_B1 = torch.arange(len(self.length), device=device)[:, None]
+            self._write = (rows_B1, slots_BM)
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
+        """Stores [B, H, M, d] and returns what the pass attends to, [B, H, W, d]."""
+        store_k, store_v = self._keys[layer], self._values[layer]
+        if store_k is None or store_v is None:
+            store_k, store_v = self._allocate(layer, keys, values)
+        if self._write is None:
+            store_k[:, :, self._begin : self._width] = keys
+            store_v[:, :, self._begin : self._width] = values
+        else:
+            rows, slots = self._write
+            store_k[rows, :, slots] = keys.transpose(1, 2)
+            store_v[rows, :, slots] = values.transpose(1, 2)
+        return store_k[:, :, : self._width], store_v[:, :, : self._width]
+
+    def mask(self, allowed_BMM: Tensor) -> Tensor:
+        """Boolean [B, 1, M, W]: the committed slots, and among the pass's own what `allowed` says."""
+        B, M, _ = allowed_BMM.shape
+        device = allowed_BMM.device
+        if self._write is None:
+            mask = torch.ones(B, 1, M, self._width, dtype=torch.bool, device=device)
+            mask[:, 0, :, self._begin :] = allowed_BMM
+            return mask
+        length_B1 = torch.tensor(self.length, device=device)[:, None]
+        slot_W = torch.arange(self._width, device=device)
+        own_BW = slot_W - length_B1  # index among the pass's tokens; negative: committed
+        index = own_BW.clamp(0, M - 1)[:, None, :].expand(B, M, self._width)
+        own = allowed_BMM.gather(2, index) & (own_BW < M)[:, None, :]
+        return (own | (own_BW < 0)[:, None, :])[:, None]
+
+    def keep(self, path: list[list[int]], is_chain: bool) -> None:
+        """Commits, of the pass just made, the root and the nodes of each row's path."""
+        if not is_chain:
+            for b, nodes in enumerate(path):
+                if nodes != list(range(len(nodes))):
+                    self._gather(b, nodes)
+        for b, nodes in enumerate(path):
+            self.length[b] += 1 + len(nodes)
+
+    def select(self, rows: list[int]) -> None:
+        """Keeps some of the rows."""
+        self.length = [self.length[r] for r in rows]
+        for store in (self._keys, self._values):
+            for layer, tensor in enumerate(store):
+                if tensor is not None:
+                    store[layer] = tensor[torch.tensor(rows, device=tensor.device)]
+
+    def _gather(self, row: int, nodes: list[int]) -> None:
+        """Moves the path's entries to stand right behind the root's (sources precede no target)."""
+        behind_root = self.length[row] + 1
+        for store in (self._keys, self._values):
+            for tensor in store:
+                if tensor is not None:
+                    source = torch.tensor(nodes, device=tensor.device) + behind_root
+                    tensor[row, :, behind_root : behind_root + len(nodes)] = tensor[row, :, source]
+
+    def _allocate(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        B, H, _, d = keys.shape
+        store_k = keys.new_zeros(B, H, self.capacity, d)
+        store_v = values.new_zeros(B, H, self.capacity, values.shape[-1])
+        self._keys[layer], self._values[layer] = store_k, store_v
+        return store_k, store_v
+
+    def _grow(self, capacity: int) -> None:
+        for store in (self._keys, self._values):
+            for layer, tensor in enumerate(store):
+                if tensor is not None:
+                    B, H, old, d = tensor.shape
+                    bigger = tensor.new_zeros(B, H, capacity, d)
+                    bigger[:, :, :old] = tensor
+                    store[layer] = bigger
+        self.capacity = capacity

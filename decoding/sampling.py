@@ -1,0 +1,99 @@
+"""How a token is chosen from logits, with randomness that depends on the request alone.
+
+Shapes: B batch, N draws, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Purpose(IntEnum):
+    """What a uniform number decides; part of its key, so that no number decides two things."""
+
+    DRAFT = 1
+    ACCEPT = 2
+    NEXT = 3
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The processors applied alike to the target's law p and the drafter's law q.
+
+    temperature 0 is greedy decoding; top_k 0 and top_p 1 switch those filters off.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or above")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"top_k is {self.top_k} and top_p {self.top_p}; top_k must be 0 (off) or above, "
+                "top_p above 0 and at most 1 (off)"
+            )
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def law(self, logits: Tensor) -> Tensor:
+        """The probabilities (fp32, same shape) that a token is sampled from; needs temperature > 0."""
+        scores = logits.float() / self.temperature
+        if self.top_k and self.top_k < scores.shape[-1]:
+            floor = scores.topk(self.top_k, dim=-1).values[..., -1:]
+            scores = scores.masked_fill(scores < floor, -torch.inf)
+        if self.top_p < 1:
+            ranked, order = scores.sort(dim=-1, descending=True)
+            mass_before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)
+            drop = (mass_before >= self.top_p).scatter(-1, order, mass_before >= self.top_p)
+            scores = scores.masked_fill(drop, -torch.inf)
+        return scores.softmax(-1)
+
+    def uniforms(self, purpose: Purpose, requests: list[int], starts: list[int], n: int) -> Tensor:
+        """n numbers of one round for each row: [B, n], float64 in [0, 1), on the CPU.
+
+        `start` is the row's committed length when the round begins; it occurs once in a request,
+        so no number serves two rounds. Rules that look past the first rejection need that.
+        """
+        return self._hash(purpose, requests, np.array(starts)[:, None], np.arange(n)[None, :])
+
+    def uniforms_at(self, requests: list[int], positions_BM: Tensor) -> Tensor:
+        """The number that decides the target's own token at an absolute position: [B, M], as above.
+
+        Whoever asks gets the same one: an answer drawn with these alone (plain decoding, one-hot
+        drafts) does not depend on the draft at all.
+        """
+        return self._hash(Purpose.NEXT, requests, positions_BM.numpy(), np.zeros((1, 1)))
+
+    def _hash(
+        self, purpose: Purpose, requests: list[int], major: np.ndarray, minor: np.ndarray
+    ) -> Tensor:
+        key = _mix(np.array([self.seed], dtype=np.uint64) + np.uint64(int(purpose) << 56))
+        key = _mix(key + np.array(requests, dtype=np.uint64))[:, None]
+        bits = _mix(_mix(key + major.astype(np.uint64)) + minor.astype(np.uint64))
+        # 32 bits: u * total stays below total in float64, so a draw never falls off the end
+        return torch.from_numpy((bits >> np.uint64(32)).astype(np.float64) * 2.0**-32)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele, Lea, Flood 2014) after its golden-ratio step."""
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def draw(law: Tensor, u: Tensor) -> Tensor:
+    """Inverse-CDF sample from each row of `law` [..., V] (any scale) with uniforms `u` [...]."""
+    cdf = law.cumsum(-1, dtype=torch.float64)
+    point = u.to(cdf.device)[..., None] * cdf[..., -1:]
+    return torch.searchsorted(cdf, point, right=True)[..., 0]

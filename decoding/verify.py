@@ -1,0 +1,176 @@
+"""The acceptance rules: which drafted nodes stand, and what the target says after them.
+
+Shapes: B batch, N drafted nodes, M = N + 1 (root first), V vocabulary. p is the target's law, q
+the drafter's, both after the same processors. Every rule here returns samples of exactly p.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from decoding.round import Draft, Scored, Verdict
+from decoding.sampling import Purpose, Sampling, draw
+from decoding.tree import depths
+
+
+class Rule(ABC):
+    """Verifies drafts of the laws that it is exact for; `lossless` is printed in every report."""
+
+    name: str
+    lossless: bool
+    laws: frozenset[str]
+
+    def __call__(
+        self,
+        scored: Scored,
+        draft: Draft,
+        sampling: Sampling,
+        requests: list[int],
+        starts: list[int],
+    ) -> Verdict:
+        """`requests` and `starts` (committed lengths) key the randomness, as in Sampling."""
+        assert draft.law in self.laws, f"{self.name} is not exact for drafts of law {draft.law}"
+        return self._verify(scored.logits_BMV, draft, sampling, requests, starts)
+
+    @abstractmethod
+    def _verify(
+        self,
+        logits_BMV: Tensor,
+        draft: Draft,
+        sampling: Sampling,
+        requests: list[int],
+        starts: list[int],
+    ) -> Verdict: ...
+
+
+class OneHot(Rule):
+    """For drafts that are a function of the prefix: draw x ~ p at each node, follow it if drafted.
+
+    A child y is then entered with probability p(y) and any other token ends the walk with its own
+    p: exact for every tree built independently of these draws (decoding.md a.3). At temperature 0
+    the draw is the argmax, and the walk is greedy verification of any draft.
+    """
+
+    name = "one-hot"
+    lossless = True
+    laws = frozenset({"one_hot"})
+
+    def _verify(self, logits_BMV, draft, sampling, requests, starts) -> Verdict:
+        if sampling.greedy:
+            choice_BM = logits_BMV.argmax(-1)
+        else:
+            positions_BM = torch.tensor(starts)[:, None] + depths(draft.parents_BN.cpu())
+            u_BM = sampling.uniforms_at(requests, positions_BM)
+            choice_BM = draw(sampling.law(logits_BMV), u_BM)
+        return _walk(choice_BM.tolist(), draft)
+
+
+class Chain(Rule):
+    """Leviathan, Kalman, Matias 2023, algorithm 1: accept x with min(1, p/q), else norm((p-q)+)."""
+
+    name = "chain"
+    lossless = True
+    laws = frozenset({"iid"})
+
+    def _verify(self, logits_BMV, draft, sampling, requests, starts) -> Verdict:
+        p_BMV, q_BNV, N = _laws(logits_BMV, draft, sampling)
+        u_BN = sampling.uniforms(Purpose.ACCEPT, requests, starts, N).to(p_BMV.device)
+        px_BN, qx_BN = _chosen(p_BMV, draft), _chosen(q_BNV, draft)
+        stands_BN = (u_BN * qx_BN < px_BN).cumprod(dim=1).tolist()
+        count = [sum(row[:n]) for row, n in zip(stands_BN, draft.size, strict=True)]
+        weight_B = torch.ones(len(count), 1, device=p_BMV.device)
+        return _finish(p_BMV, q_BNV, weight_B, draft, count, sampling, requests, starts)
+
+
+class Block(Rule):
+    """Block verification (Sun et al. 2025, algorithm 2): the longest prefix that jointly stands.
+
+    pi_i = min(1, pi_{i-1} p_i/q_i); position i stands with h_i = s_i / (s_i + 1 - pi_i), where
+    s_i = sum (pi_i p_{i+1} - q_{i+1})+, the last with pi. The last success wins, and its
+    successor is drawn from norm((pi p - q)+). Never accepts fewer tokens than `Chain` on average.
+    """
+
+    name = "block"
+    lossless = True
+    laws = frozenset({"iid"})
+
+    def _verify(self, logits_BMV, draft, sampling, requests, starts) -> Verdict:
+        p_BMV, q_BNV, N = _laws(logits_BMV, draft, sampling)
+        B = p_BMV.shape[0]
+        ratio_BN = _chosen(p_BMV, draft) / _chosen(q_BNV, draft)
+        pi_BM = torch.ones(B, N + 1, dtype=ratio_BN.dtype, device=p_BMV.device)
+        for i in range(N):
+            pi_BM[:, i + 1] = (pi_BM[:, i] * ratio_BN[:, i]).clamp(max=1)
+        surplus_BN = torch.zeros_like(ratio_BN)  # s of position i + 1; the last has none
+        if N > 1:
+            gap = pi_BM[:, 1:N, None] * p_BMV[:, 1:N] - q_BNV[:, 1:N]
+            surplus_BN[:, : N - 1] = gap.clamp(min=0).sum(-1)
+        slack_BN = surplus_BN + 1 - pi_BM[:, 1:]
+        # no slack and no surplus: p = q behind position i, so any h_i is exact; 1 keeps most
+        h_BN = torch.where(slack_BN > 0, surplus_BN / slack_BN, 1.0)
+        u_BN = sampling.uniforms(Purpose.ACCEPT, requests, starts, N).to(h_BN.device)
+        count = []
+        for b, n in enumerate(draft.size):
+            if n:
+                h_BN[b, n - 1] = pi_BM[b, n]
+            success = (u_BN[b, :n] < h_BN[b, :n]).nonzero()
+            count.append(int(success[-1]) + 1 if len(success) else 0)
+        weight_B = pi_BM.gather(1, torch.tensor(count, device=pi_BM.device)[:, None])
+        return _finish(p_BMV, q_BNV, weight_B, draft, count, sampling, requests, starts)
+
+
+def default_rule(law: str) -> Rule:
+    """Block verification for sampled chains, the one-hot rule for everything deterministic."""
+    return Block() if law == "iid" else OneHot()
+
+
+def _walk(choice_BM: list[list[int]], draft: Draft) -> Verdict:
+    """From the root to the child that equals the choice there, while there is one."""
+    ids, parents = draft.ids_BN.tolist(), draft.parents_BN.tolist()
+    paths, following = [], []
+    for b, choice in enumerate(choice_BM):
+        path, node = [], -1
+        for n in range(draft.size[b]):  # parents stand before children: one sweep suffices
+            if parents[b][n] == node and ids[b][n] == choice[node + 1]:
+                path.append(n)
+                node = n
+        paths.append(path)
+        following.append(choice[node + 1])
+    return Verdict(paths, following)
+
+
+def _laws(logits_BMV: Tensor, draft: Draft, sampling: Sampling) -> tuple[Tensor, Tensor, int]:
+    assert draft.q_BMV is not None and draft.is_chain, "sampled drafts carry q and are chains"
+    N = draft.ids_BN.shape[1]
+    return sampling.law(logits_BMV), draft.q_BMV[:, :N], N
+
+
+def _chosen(law_BMV: Tensor, draft: Draft) -> Tensor:
+    N = draft.ids_BN.shape[1]
+    return law_BMV[:, :N].gather(2, draft.ids_BN[:, :, None])[:, :, 0]
+
+
+def _finish(
+    p_BMV: Tensor,
+    q_BNV: Tensor,
+    weight_B1: Tensor,
+    draft: Draft,
+    count: list[int],
+    sampling: Sampling,
+    requests: list[int],
+    starts: list[int],
+) -> Verdict:
+    """Draws each row's next token: p after a whole draft, else norm((weight * p - q)+)."""
+    rows = torch.arange(len(count), device=p_BMV.device)
+    at = torch.tensor(count, device=p_BMV.device)
+    law_BV = p_BMV[rows, at]
+    cut = [b for b, n in enumerate(draft.size) if count[b] < n]
+    if cut:
+        index = torch.tensor(cut, device=p_BMV.device)
+        rest = (weight_B1[index] * law_BV[index] - q_BNV[index, at[index]]).clamp(min=0)
+        # rounding can leave nothing of a residual; p is then its limit
+        law_BV[index] = torch.where(rest.sum(-1, keepdim=True) > 0, rest, law_BV[index])
+    positions_B1 = (torch.tensor(starts) + torch.tensor(count))[:, None]
+    u_B = sampling.uniforms_at(requests, positions_B1)[:, 0]
+    return Verdict([list(range(n)) for n in count], draw(law_BV, u_B).tolist())

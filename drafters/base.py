@@ -1,0 +1,155 @@
+"""What every drafter is: the interface, the training batch, saving and loading.
+
+Shapes: B batch, T tokens, S newly committed tokens, N drafted nodes, V vocabulary.
+"""
+
+import importlib
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from decoding.cache import Cache
+from decoding.loop import State
+from decoding.round import Draft, Seen
+from decoding.sampling import Sampling
+from decoding.target import Shape, Target, TargetOut
+
+_HERE = Path(__file__).parent
+Metrics = dict[str, Tensor]
+"""Sums over the supervised tokens of a batch, detached; the loop divides by `tokens`."""
+
+
+@dataclass
+class Batch:
+    """Packed sequences. mask_BT marks the tokens whose prediction is supervised; tokens of one
+    document share a number in doc_BT and attend to each other only."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    doc_BT: Tensor
+    cached: TargetOut | None = None
+
+
+@dataclass
+class Prediction:
+    """One group of predictions (one draft position) for an objective to judge.
+
+    hidden_ND are the drafter's states, weight_VD its head, labels_N the true tokens;
+    target_ND the target's states at the same positions (None when no target is given).
+    """
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    labels_N: Tensor
+    target_ND: Tensor | None
+    position: int = 0
+
+
+class Objective(Protocol):
+    """A loss on predictions (train/objectives.py has them)."""
+
+    needs_target: bool
+
+    def __call__(self, prediction: Prediction, target: Target | None) -> tuple[Tensor, Metrics]:
+        """The loss summed over N, and its metrics."""
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A drafter that is configured and waits for the shape of its target."""
+
+    cls: type["Drafter"]
+    arguments: dict[str, Any]
+
+    def __call__(self, shape: Shape) -> "Drafter":
+        return self.cls(shape, **self.arguments)  # type: ignore[call-arg]
+
+
+class Drafter(nn.Module, ABC):
+    """Proposes drafts. Training-free families stop here; every family is a final class.
+
+    The target is an argument and never an attribute, so it cannot enter a state dict, an optimiser
+    or ZeRO.
+    """
+
+    taps: tuple[int, ...] = ()
+    changes_target = False
+
+    @abstractmethod
+    def start(
+        self, target: Target, cache: Cache, sampling: Sampling, requests: list[int], max_len: int
+    ) -> State:
+        """A fresh state for requests that will have at most `max_len` tokens each."""
+
+    @abstractmethod
+    def propose(self, state: Any, seen: Seen, target: Target) -> Draft:
+        """Guesses what follows the committed tokens, of which `seen` are new to the drafter."""
+
+
+class Trained(Drafter):
+    """A family with parameters."""
+
+    @abstractmethod
+    def forward(
+        self, batch: Batch, target: Target | None, objective: Objective
+    ) -> tuple[Tensor, Metrics]:
+        """The training step: loss summed over supervised tokens. DeepSpeed calls nothing else."""
+
+    @abstractmethod
+    def initialise(self) -> None:
+        """Loads the weights that the configuration asks to start from, if it names any."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes the drafter so that `load` gives it back exactly (safetensors and JSON)."""
+
+    @abstractmethod
+    def read(self, folder: Path) -> None:
+        """Fills the parameters from what `save` wrote; anything missing or unexpected is an error."""
+
+
+def save(drafter: Trained, folder: Path, arguments: dict[str, Any]) -> None:
+    """Writes the drafter with the configuration that `load` rebuilds it from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drafter.save(folder)
+    family = type(drafter).__module__.removeprefix("drafters.")
+    write_json(folder / "drafter.json", {"family": family, "arguments": arguments})
+
+
+def load(folder: Path, shape: Shape) -> Trained:
+    """The drafter that `save` wrote, for a target of this shape."""
+    note = folder / "drafter.json"
+    if not note.is_file():
+        raise ValueError(f"{folder} holds no drafter: it has no drafter.json")
+    saved = json.loads(note.read_text(encoding="utf-8"))
+    family = saved["family"]
+    if not re.fullmatch(r"[a-z0-9_]+", family) or not _HERE.joinpath(f"{family}.py").is_file():
+        raise ValueError(f"{note} names the family {family!r}, which is not one of drafters/")
+    module = importlib.import_module(f"drafters.{family}")
+    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Trained)]
+    (cls,) = [c for c in classes if c.__module__ == module.__name__]
+    drafter = cls(shape, **saved["arguments"])
+    drafter.read(folder)
+    return drafter.eval()
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Changes the parameters' dtype in place, and only theirs: a rounded rotary-frequency buffer
+    would be another position code."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)

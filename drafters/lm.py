@@ -1,0 +1,274 @@
+"""The family `lm`: an ordinary small causal LM that shares the target's tokenizer (Yi et al. 2024).
+
+Shapes: B batch, T tokens, S newly committed tokens, N drafted tokens, D width, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decoding.cache import Cache
+from decoding.round import Draft, Seen
+from decoding.sampling import Purpose, Sampling, draw
+from decoding.target import Shape, Target, document_mask
+from drafters.base import Batch, Metrics, Objective, Prediction, Trained
+
+HEAD_DIM = 64
+
+
+@dataclass
+class LMState:
+    """The drafter's own cache; `fed` is how many of the last draft's tokens it has read."""
+
+    cache: Cache
+    sampling: Sampling
+    requests: list[int]
+    fed: int = 0
+
+    def select(self, rows: list[int]) -> None:
+        self.cache.select(rows)
+        self.requests = [self.requests[r] for r in rows]
+
+
+@dataclass
+class _Guesses:
+    """A draft in the making. `go` marks the rows that still draft."""
+
+    go: list[bool]
+    size: list[int]
+    ids: list[Tensor] = field(default_factory=list)
+    laws: list[Tensor] = field(default_factory=list)
+
+
+class LM(Trained):
+    """A Llama-architecture LM of `layers` x `width` (null: as wide as the target), or, given
+    `parameters`, the widest that fits that budget; or the architecture and weights of `checkpoint`.
+
+    draft_length: tokens drafted a round. stop_below: a row stops drafting after a token that the
+    drafter gave less than this probability (the token stays in the draft, so the law stays exact).
+    sample: whether it draws its tokens when the target samples (else it takes the likeliest).
+    """
+
+    free = frozenset({"draft_length", "stop_below", "sample"})  # cannot change what training makes
+
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        layers: int = 1,
+        width: int | None = None,
+        parameters: int | None = None,
+        checkpoint: str | None = None,
+        draft_length: int = 5,
+        stop_below: float = 0.0,
+        sample: bool = True,
+    ) -> None:
+        super().__init__()
+        if layers < 1 or draft_length < 1 or not 0 <= stop_below < 1:
+            raise ValueError(
+                f"drafter has layers {layers}, draft_length {draft_length}, stop_below "
+                f"{stop_below}; the first two must be at least 1, the last from 0 to below 1"
+            )
+        self.draft_length, self.stop_below, self.sample = draft_length, stop_below, sample
+        self.checkpoint = checkpoint
+        self.model = _architecture(shape, layers, width, parameters, checkpoint)
+        if self.model.config.vocab_size != shape.vocab_size:
+            raise ValueError(
+                f"{checkpoint} has {self.model.config.vocab_size} tokens and the target "
+                f"{shape.vocab_size}: a drafter of this family must share the target's tokenizer"
+            )
+
+    def initialise(self) -> None:
+        from transformers import AutoModelForCausalLM
+
+        if self.checkpoint:
+            model = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32)
+            self.model.load_state_dict(model.state_dict())
+
+    def forward(
+        self, batch: Batch, target: Target | None, objective: Objective
+    ) -> tuple[Tensor, Metrics]:
+        hidden_BTD = self._hidden(batch)[:, :-1]
+        supervised = batch.mask_BT[:, 1:]
+        target_ND = None
+        if objective.needs_target:
+            assert target is not None, "this objective needs a target"
+            out = batch.cached or target(batch.ids_BT, doc_BT=batch.doc_BT)
+            target_ND = out.hidden_BTD[:, :-1][supervised]
+        prediction = Prediction(
+            hidden_ND=hidden_BTD[supervised],
+            weight_VD=self.model.get_output_embeddings().weight,
+            labels_N=batch.ids_BT[:, 1:][supervised],
+            target_ND=target_ND,
+        )
+        return objective(prediction, target)
+
+    def start(
+        self, target: Target, cache: Cache, sampling: Sampling, requests: list[int], max_len: int
+    ) -> LMState:
+        longest = self.model.config.max_position_embeddings
+        if max_len > longest:
+            raise ValueError(f"requests of {max_len} tokens exceed the drafter's {longest} positions")
+        layers = self.model.config.num_hidden_layers
+        own = Cache(layers, len(requests), max_len + self.draft_length + 2)
+        return LMState(own, sampling, list(requests))
+
+    @torch.inference_mode()
+    def propose(self, state: LMState, seen: Seen, target: Target) -> Draft:
+        sampled = self.sample and not state.sampling.greedy
+        rows = len(seen.count)
+        u_BN = None
+        if sampled:
+            u_BN = state.sampling.uniforms(
+                Purpose.DRAFT, state.requests, seen.length, self.draft_length
+            )
+        guesses = _Guesses(go=[True] * rows, size=[0] * rows)
+        logits_BV = self._catch_up(state, seen)
+        while True:
+            n = len(guesses.ids)
+            self._guess(guesses, logits_BV, state.sampling, None if u_BN is None else u_BN[:, n])
+            if len(guesses.ids) == self.draft_length or not any(guesses.go):
+                break
+            logits_BV = self._step(guesses.ids[-1][:, None], [1] * rows, state.cache)
+        state.fed = len(guesses.ids) - 1
+        q_BMV = torch.stack(guesses.laws, dim=1) if sampled else None
+        law = "iid" if sampled else "one_hot"
+        return Draft.chain(torch.stack(guesses.ids, dim=1), guesses.size, law, q_BMV)
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+
+    def read(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        saved, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, local_files_only=True
+        )
+        wrong = [key for keys in report.values() for key in keys]
+        if wrong:
+            raise ValueError(f"{folder} does not fit the drafter: {', '.join(map(str, wrong[:5]))}")
+        self.model.load_state_dict(saved.state_dict())
+
+    @classmethod
+    def around(cls, model: Any, **drafting: Any) -> "LM":
+        """A drafter that is this model itself, sharing its weights (the control: all accepted)."""
+        drafter = cls.__new__(cls)
+        torch.nn.Module.__init__(drafter)
+        drafter.model = model
+        drafter.checkpoint = None
+        drafter.draft_length = drafting.get("draft_length", 5)
+        drafter.stop_below = drafting.get("stop_below", 0.0)
+        drafter.sample = drafting.get("sample", True)
+        return drafter
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        mask, positions_BT = document_mask(batch.ids_BT, batch.doc_BT)
+        out = self.model.base_model(
+            input_ids=batch.ids_BT,
+            attention_mask=mask,
+            position_ids=positions_BT,
+            use_cache=False,
+        )
+        return out.last_hidden_state
+
+    def _guess(
+        self, guesses: _Guesses, logits_BV: Tensor, sampling: Sampling, u_B: Tensor | None
+    ) -> None:
+        """Adds one token to every row; rows that stopped before do not count it."""
+        if u_B is None:
+            guesses.ids.append(logits_BV.argmax(-1))
+        else:
+            law_BV = sampling.law(logits_BV)
+            guesses.ids.append(draw(law_BV, u_B))
+            guesses.laws.append(law_BV)
+        guesses.size = [n + go for n, go in zip(guesses.size, guesses.go, strict=True)]
+        if self.stop_below:
+            law_BV = guesses.laws[-1] if u_B is not None else logits_BV.float().softmax(-1)
+            sure = law_BV.gather(1, guesses.ids[-1][:, None])[:, 0] >= self.stop_below
+            pairs = zip(guesses.go, sure.tolist(), strict=True)
+            guesses.go = [go and certain for go, certain in pairs]
+
+    def _catch_up(self, state: LMState, seen: Seen) -> Tensor:
+        """Reads the committed tokens that it has not read: the prompt, or the last one or two.
+
+        After a draft it has read the root and `fed` of its own tokens; of those, the accepted stay.
+        """
+        new = list(seen.count)
+        if seen.draft is not None or max(state.cache.length) > 0:
+            new = [c - min(c - 1, state.fed) for c in seen.count]
+            state.cache.length = [n - k for n, k in zip(seen.length, new, strict=True)]
+        longest = max(new)
+        index = torch.tensor(
+            [[min(c - k + s, c - 1) for s in range(longest)] for c, k in zip(seen.count, new)],
+            device=seen.ids_BS.device,
+        )
+        return self._step(seen.ids_BS.gather(1, index), new, state.cache)
+
+    def _step(self, ids_BS: Tensor, new: list[int], cache: Cache) -> Tensor:
+        """Reads `new[b]` tokens of each row and returns the logits after the last of them, [B, V]."""
+        B, S = ids_BS.shape
+        device = ids_BS.device
+        cache.open(S, device)
+        start_B1 = torch.tensor(cache.length, device=device)[:, None]
+        allowed = torch.ones(S, S, dtype=torch.bool, device=device).tril().expand(B, S, S)
+        out = self.model.base_model(
+            input_ids=ids_BS,
+            position_ids=start_B1 + torch.arange(S, device=device),
+            attention_mask=cache.mask(allowed),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache.length = [n + k for n, k in zip(cache.length, new, strict=True)]
+        last = torch.tensor(new, device=device) - 1
+        hidden_BD = out.last_hidden_state[torch.arange(B, device=device), last]
+        return self.model.get_output_embeddings()(hidden_BD)
+
+
+def _architecture(
+    shape: Shape, layers: int, width: int | None, parameters: int | None, checkpoint: str | None
+) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    if checkpoint:
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint))
+    if parameters is not None:
+        width = _widest(shape.vocab_size, layers, parameters)
+    width = width or shape.hidden_size
+    if width % HEAD_DIM:
+        raise ValueError(f"drafter.width is {width}; it must be a multiple of {HEAD_DIM}")
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=width,
+        intermediate_size=_feed_forward(width),
+        num_hidden_layers=layers,
+        num_attention_heads=width // HEAD_DIM,
+        num_key_value_heads=width // HEAD_DIM,
+        max_position_embeddings=shape.max_positions,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _feed_forward(width: int) -> int:
+    """8/3 of the width, rounded up to a multiple of 64 (Llama's choice)."""
+    return -(-8 * width // (3 * 64)) * 64
+
+
+def _widest(vocabulary: int, layers: int, budget: int) -> int:
+    """The largest width, a multiple of the head size, whose LM has at most `budget` parameters."""
+    best = 0
+    for width in range(HEAD_DIM, 16384, HEAD_DIM):
+        layer = 4 * width * width + 3 * width * _feed_forward(width) + 2 * width
+        if vocabulary * width + layers * layer + width > budget:
+            break
+        best = width
+    if not best:
+        least = vocabulary * HEAD_DIM
+        raise ValueError(
+            f"drafter.parameters is {budget:,}, and the embeddings of {vocabulary:,} tokens alone "
+            f"take {least:,}; raise it"
+        )
+    return best

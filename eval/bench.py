@@ -1,0 +1,306 @@
+"""Stage `bench`: draft-and-verify against autoregressive decoding through the same loop.
+
+The number it prints is wall-clock: prompts, drafter, verification and all, on this device.
+"""
+
+import random
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from data.chat import require_template
+from data.repetition import is_repetitive
+from data.sources import Source
+from decoding.loop import Decoded, decode
+from decoding.round import Draft
+from decoding.sampling import Sampling
+from decoding.target import Pretrained, Target
+from drafters.base import Drafter, Trained, cast, load
+from eval import controls
+from eval.prompts import Prompt, collect
+from eval.report import headline_lines, summarise, write_report
+
+VERIFIED = 6  # tokens of a pass when the cost of verification is measured
+DTYPES = ("bfloat16", "float32")
+
+
+class Bench:
+    """Measures a drafter on prompts of one or more tasks.
+
+    Arms (autoregressive, the drafter, each baseline) run in turn on each prompt, `repeats` times;
+    `draft_lengths` are tried on `trial_prompts` prompts that are then left out, and the fastest is
+    used. dtype null takes the faster of bf16 and fp32 by the measured cost of verification.
+    Batch sizes above 1 are measured on prompts whose answers were not repetitive.
+    """
+
+    on_device = True
+
+    def __init__(
+        self,
+        *,
+        target: Pretrained,
+        prompts: dict[str, Source],
+        heldout_only: bool = True,
+        limit: int = 40,
+        max_prompt_tokens: int = 512,
+        max_new_tokens: int = 128,
+        temperatures: list[float],
+        batch_sizes: list[int],
+        draft_lengths: list[int],
+        trial_prompts: int = 6,
+        control_prompts: int = 6,
+        repeats: int = 3,
+        baselines: dict[str, Drafter | None] | None = None,
+        dtype: str | None = None,
+        stop_below: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        sizes = [limit, max_new_tokens, repeats, trial_prompts, control_prompts]
+        if min([*sizes, *batch_sizes, *draft_lengths], default=0) < 1 or not temperatures:
+            raise ValueError(
+                "bench needs temperatures, batch_sizes and draft_lengths, and limit, "
+                "max_new_tokens, repeats, trial_prompts and control_prompts of at least 1"
+            )
+        self.target, self.prompts, self.heldout_only = target, prompts, heldout_only
+        self.limit, self.max_prompt_tokens, self.max_new_tokens = (
+            limit, max_prompt_tokens, max_new_tokens,
+        )  # fmt: skip
+        self.temperatures, self.batch_sizes = temperatures, batch_sizes
+        self.draft_lengths, self.trial_prompts = draft_lengths, trial_prompts
+        self.control_prompts, self.repeats = control_prompts, repeats
+        self.baselines = {k: v for k, v in (baselines or {}).items() if v is not None}
+        self.dtype, self.stop_below, self.seed = dtype, stop_below, seed
+
+    def run(
+        self, out: Path, *, drafter: Path, target: Path | None = None, data: Path | None = None
+    ) -> dict[str, float]:
+        """Writes artifact/: report.json, report.md, report.png, runs.jsonl. `data` names the
+        generate stage whose prompts must not be measured on."""
+        tokenizer = self.target.tokenizer(target)
+        require_template(tokenizer, self.target.path or "the target")
+        prompts, origin = collect(
+            self.prompts,
+            tokenizer,
+            limit=self.limit + (self.trial_prompts if len(self.prompts) == 1 else 0),
+            most_tokens=self.max_prompt_tokens,
+            heldout_only=self.heldout_only,
+            trained_on=data,
+        )
+        print(origin, flush=True)
+        trial, prompts = _split(prompts, self.trial_prompts, self.seed)
+
+        found = self._controls(drafter, target, prompts)
+        for name, control in found.items():
+            print(f"control, {name}: {control['found']}", flush=True)
+        model, why = self._load(target)
+        ours = load(drafter, model.shape)
+        cast(ours, model.dtype).to(model.device)
+        ours.stop_below = self.stop_below  # type: ignore[assignment]
+        tried = self._choose_length(model, ours, trial)
+        arms: dict[str, Drafter | None] = {"autoregressive": None, "drafter": ours}
+        runs = self._measure(model, arms | self.baselines, prompts)
+        conditions = self._conditions(model, ours, why, tried, prompts, origin)
+        report = summarise(runs, conditions, found)
+        write_report(out / "artifact", report, runs)
+        for line in headline_lines(report):
+            print(line, flush=True)
+        if not report["passed"]:
+            raise controls.Failed(
+                "a control failed, so the speed cannot be trusted: "
+                + "; ".join(c["found"] for c in found.values() if not c["passed"])
+            )
+        return _headline_metrics(report)
+
+    def _controls(
+        self, drafter: Path, target: Path | None, prompts: list[Prompt]
+    ) -> dict[str, dict[str, Any]]:
+        """In fp32, where equality is exact but for ties: what must hold whatever the speed."""
+        exact = self.target.load(target, dtype="float32")
+        some = [p.ids for p in prompts[: self.control_prompts]]
+        ours = cast(load(drafter, exact.shape), torch.float32).to(exact.device)
+        return controls.run(exact, ours, some, min(48, self.max_new_tokens), self.seed)
+
+    def _load(self, folder: Path | None) -> tuple[Target, str]:
+        """The target in the dtype to measure in, and why that one."""
+        if self.dtype:
+            return self.target.load(folder, self.dtype), "configured"
+        cost = {}
+        for dtype in DTYPES:
+            model = self.target.load(folder, dtype)
+            cost[dtype] = pass_milliseconds(model, VERIFIED)
+        best = min(cost, key=lambda dtype: cost[dtype])
+        shown = ", ".join(f"{dtype} {ms:.2f} ms" for dtype, ms in cost.items())
+        why = f"the faster at verifying {VERIFIED} tokens: {shown}"
+        return self.target.load(folder, best), why
+
+    def _choose_length(self, model: Target, ours: Trained, trial: list[Prompt]) -> dict[int, float]:
+        """Sets the draft length that answers the trial prompts fastest; tokens/s of each tried.
+
+        Over all temperatures together, since one drafter serves them all.
+        """
+        speed: dict[int, float] = {}
+        for length in self.draft_lengths if len(self.draft_lengths) > 1 else []:
+            ours.draft_length = length  # type: ignore[assignment]
+            self._answer(model, ours, trial[:1], 0.0, 0)
+            done = [self._answer(model, ours, [p], t, 0) for t in self.temperatures for p in trial]
+            speed[length] = sum(d.tokens for d in done) / sum(d.seconds for d in done)
+        best = max(speed, key=lambda n: speed[n]) if speed else self.draft_lengths[0]
+        ours.draft_length = best  # type: ignore[assignment]
+        return speed
+
+    def _measure(
+        self, model: Target, arms: dict[str, Drafter | None], prompts: list[Prompt]
+    ) -> list[dict[str, Any]]:
+        runs: list[dict[str, Any]] = []
+        cells = [(b, t) for b in sorted(self.batch_sizes) for t in self.temperatures]
+        for drafter in arms.values():  # warm-up: not counted
+            self._answer(model, drafter, prompts[:1], self.temperatures[-1], 0)
+        with tqdm(total=len(cells), unit="cell", desc="bench", mininterval=2) as bar:
+            for batch, temperature in cells:
+                groups = _groups(prompts, batch, temperature, runs)
+                for repeat in range(self.repeats):
+                    for number, group in enumerate(groups):
+                        for arm, drafter in arms.items():
+                            together = [prompts[i] for i in group]
+                            done = self._answer(model, drafter, together, temperature, repeat)
+                            runs.append(
+                                _run(arm, temperature, batch, repeat, number, group, prompts, done)
+                            )
+                        bar.update(1 / (self.repeats * len(groups)))
+        return runs
+
+    def _answer(
+        self,
+        model: Target,
+        drafter: Drafter | None,
+        prompts: list[Prompt],
+        temperature: float,
+        repeat: int,
+    ) -> Decoded:
+        return decode(
+            model,
+            drafter,
+            [p.ids for p in prompts],
+            sampling=Sampling(temperature=temperature, seed=self.seed + repeat),
+            max_new_tokens=self.max_new_tokens,
+        )
+
+    def _conditions(
+        self,
+        model: Target,
+        ours: Trained,
+        why: str,
+        tried: dict[int, float],
+        prompts: list[Prompt],
+        origin: str,
+    ) -> dict[str, Any]:
+        from importlib.metadata import version
+
+        return {
+            "target": model.name,
+            "drafter": type(ours).__name__,
+            "parameters_target": sum(p.numel() for p in model.parameters()),
+            "parameters_drafter": sum(p.numel() for p in ours.parameters()),
+            "device": str(model.device),
+            "threads": torch.get_num_threads(),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype_reason": why,
+            "draft_length": ours.draft_length,
+            "draft_length_choice": tried,
+            "rule": "one-hot at temperature 0, block verification above (both lossless)",
+            "max_new_tokens": self.max_new_tokens,
+            "repeats": self.repeats,
+            "prompts": len(prompts),
+            "prompt_source": f"{', '.join(self.prompts)} ({origin})",
+            "versions": {name: version(name) for name in ("torch", "transformers")},
+        }
+
+
+def pass_milliseconds(model: Target, tokens: int, context: int = 64, repeats: int = 15) -> float:
+    """Median milliseconds of a pass over `tokens` tokens behind `context` committed ones."""
+    ids = torch.arange(context, device=model.device)[None] % model.shape.vocab_size
+    cache = model.new_cache(1, context + 64)
+    model.prefill(ids, [context], cache)
+    draft = Draft.chain(ids[:, : tokens - 1], [tokens - 1])
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        model.score(ids[:, -1], draft, cache)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return median(times) * 1000
+
+
+def _split(prompts: list[Prompt], trial: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to choose the draft length on, and the others, which are measured."""
+    shuffled = list(prompts)
+    random.Random(seed).shuffle(shuffled)
+    trial = min(trial, len(shuffled) // 4 or 1)
+    return shuffled[:trial], shuffled[trial:] or shuffled
+
+
+def _groups(
+    prompts: list[Prompt], batch: int, temperature: float, runs: list[dict[str, Any]]
+) -> list[list[int]]:
+    """Indices decoded together: single prompts, or batches of those that are not repetitive."""
+    if batch == 1:
+        return [[i] for i in range(len(prompts))]
+    odd = {
+        i
+        for run in runs
+        if run["batch"] == 1 and run["temperature"] == temperature and run["repetitive"]
+        for i in run["prompts"]
+    }
+    usable = [i for i in range(len(prompts)) if i not in odd]
+    whole = [usable[a : a + batch] for a in range(0, len(usable) - batch + 1, batch)]
+    return whole or [usable or [0]]
+
+
+def _run(
+    arm: str,
+    temperature: float,
+    batch: int,
+    repeat: int,
+    number: int,
+    group: list[int],
+    prompts: list[Prompt],
+    done: Decoded,
+) -> dict[str, Any]:
+    """One row of runs.jsonl (eval/report.py reads it)."""
+    tasks = {prompts[i].task for i in group}
+    return {
+        "arm": arm,
+        "temperature": temperature,
+        "batch": batch,
+        "repeat": repeat,
+        "group": number,
+        "prompts": group,
+        "task": tasks.pop() if len(tasks) == 1 else "mixed",
+        "tokens": done.tokens,
+        "rounds": done.rounds,
+        "row_rounds": sum(len(a.accepted) for a in done.answers),
+        "seconds": done.seconds,
+        "first_seconds": done.first_seconds,
+        "first_tokens": done.first_tokens,
+        "draft_seconds": done.draft_seconds,
+        "verify_seconds": done.verify_seconds,
+        "drafted": [a.drafted for a in done.answers],
+        "accepted": [a.accepted for a in done.answers],
+        "repetitive": any(is_repetitive(a.ids) for a in done.answers),
+    }
+
+
+def _headline_metrics(report: dict[str, Any]) -> dict[str, float]:
+    """The headline as flat numbers, for sweeps and the summary."""
+    metrics = {}
+    for entry in report["headline"]:
+        at = f"T{entry['temperature']:g}"
+        for key in ("speedup", "tau"):
+            if entry[key]["value"] is not None:
+                metrics[f"{key}_{at}"] = entry[key]["value"]
+    return metrics

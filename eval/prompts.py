@@ -1,0 +1,79 @@
+"""Prompts to measure on: rendered for the target, and none that the drafter was trained on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.chat import prompt_ids
+from data.generate import read
+from data.language import Gate
+from data.sources import Row, Source, heldout, prompt_key, prompt_of
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: its task's name, its text and its ids, ready to be answered."""
+
+    task: str
+    text: str
+    ids: list[int]
+
+
+def collect(
+    sources: dict[str, Source],
+    tokenizer: Any,
+    *,
+    limit: int,
+    most_tokens: int,
+    heldout_only: bool,
+    trained_on: Path | None,
+) -> tuple[list[Prompt], str]:
+    """Up to `limit` prompts of each task, and a sentence on what was left out.
+
+    heldout_only: take only the side of the split that no stage trains on. trained_on: the answers
+    of a generate stage, whose prompts are left out.
+    """
+    used = {prompt_key(row["prompt"]) for row in read(trained_on)} if trained_on else set()
+    prompts: list[Prompt] = []
+    leaked = long = 0
+    for task, source in sources.items():
+        taken = 0
+        for row in _distinct(source, heldout_only):
+            if prompt_key(prompt_of(row)) in used:
+                leaked += 1
+                continue
+            ids = prompt_ids(tokenizer, _first_turn(row))
+            if len(ids) > most_tokens:
+                long += 1
+                continue
+            prompts.append(Prompt(task, prompt_of(row), ids))
+            taken += 1
+            if taken == limit:
+                break
+    if not prompts:
+        raise ValueError(
+            f"no prompt is left to measure on: {leaked:,} were trained on, {long:,} are longer than "
+            f"{most_tokens:,} tokens; give bench prompts of its own"
+        )
+    return prompts, (
+        f"{len(prompts):,} prompts; {leaked:,} left out because the drafter was trained on them, "
+        f"{long:,} because they are longer than {most_tokens:,} tokens"
+    )
+
+
+def _distinct(source: Source, heldout_only: bool) -> Iterator[Row]:
+    gate = Gate(source.language, of="prompt")
+    seen: set[str] = set()
+    for row in gate(source.rows(), source.name):
+        key = prompt_key(prompt_of(row))
+        if key not in seen and (heldout(prompt_of(row)) or not heldout_only):
+            seen.add(key)
+            yield row
+
+
+def _first_turn(row: Row) -> list[Any]:
+    """The messages up to and with the first user turn."""
+    messages = row["messages"]
+    first = next(i for i, m in enumerate(messages) if m["role"] == "user")
+    return list(messages[: first + 1])

@@ -1,0 +1,217 @@
+"""The report on a drafter: what bench measured, in JSON, in Markdown and in a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from eval.bootstrap import Estimate, share
+from eval.markdown import interval, number, render, sentence, times
+from eval.statistics import BASELINE, Run, measure, paired_speedup
+
+DRAFTER = "drafter"
+DEFINITIONS = {
+    "speedup": "(sum of seconds / sum of tokens of autoregressive decoding) / (the same of the "
+    "arm), over the same prompts, prefill included. At temperature 0 with identical answers this "
+    "is the ratio of total times. Above 1: faster.",
+    "decode only": "the same ratio without the seconds and tokens up to the end of the first "
+    "round, that is without prefill.",
+    "predicted": "the speedup that the draft and verify seconds alone would give: their sum per "
+    "token, autoregressive over arm. Far from decode only: time goes somewhere else.",
+    "tau": "tokens per target call: generated tokens / calls in which the row was alive. Includes "
+    "the target's own token, so autoregressive decoding has 1.",
+    "accepted per round": "accepted draft tokens / rounds. About tau - 1; more where an answer "
+    "ended inside an accepted draft.",
+    "acceptance by position": "conditional: of the rounds that drafted position k and accepted "
+    "all before it, the share that accepted k. Survival (unconditional): of the rounds that "
+    "drafted position k, the share that accepted it. Shorter drafts are in neither denominator; "
+    "rounds are pooled, intervals are over prompts.",
+    "draft, verify": "milliseconds for each round in the drafter and in the target's call; per "
+    "drafted token: draft milliseconds / tokens drafted. Plain: the target's call of "
+    "autoregressive decoding.",
+    "TTFT": "milliseconds until the first round's tokens are there: prefill of target and "
+    "drafter, and one round. Mean over runs.",
+    "TPOT": "milliseconds from a request's token to its next, first round excluded, at batch > 1 "
+    "for each request of the batch. p50 and p95 over prompts.",
+    "tokens/s": "generated tokens / seconds, prefill included, all requests of a batch together.",
+    "n": "prompts (at batch > 1: groups of prompts decoded together). Repeats of a prompt are "
+    "summed: they are no further prompts.",
+    "interval": "95 %, percentile bootstrap over prompts with 10,000 resamples, both arms of a "
+    "prompt drawn together; shares of prompts: Wilson. A verdict needs the whole interval. With "
+    "fewer than about 20 prompts such intervals are too narrow.",
+    "repetitive": "an answer of any arm fell into repetition, at this temperature and batch. "
+    "Such text is easy to draft, so these prompts are kept out of the headline.",
+    "tokens": "generated ids, up to and including the first end token, counted alike in all arms.",
+}
+
+
+def summarise(runs: list[Run], conditions: dict, controls: dict) -> dict[str, Any]:
+    """The report, JSON-able. An Estimate is {value, low, high, n}, as in eval/bootstrap.py.
+
+    passed            whether controls were run and all passed; else no number can be trusted
+    headline          one entry a temperature, lowest first, batch 1, arm "drafter": {temperature,
+                      speedup, decode_speedup, tau: Estimates, n, verdict, against: {arm: speedup
+                      of the drafter over that arm, Estimate}}
+    table             one entry a temperature, batch and arm: `eval.statistics.measure`
+    table_repetitive  the same over the repetitive groups, which headline and table leave out
+    repetition        one entry a temperature and batch: {temperature, batch, groups, repetitive,
+                      share: Estimate}
+    by_task           as headline with `task` and without `against`; [] when there is one task
+    definitions       {name: what it means}
+    conditions, controls    as given
+
+    A group is repetitive, at a temperature and batch, if any arm's run of it is.
+    """
+    odd = {_place(run) for run in runs if run["repetitive"]}
+    clean = [run for run in runs if _place(run) not in odd]
+    repetitive = [run for run in runs if _place(run) in odd]
+    table = _table(clean, _cells(runs))
+    return {
+        "passed": bool(controls) and all(control["passed"] for control in controls.values()),
+        "headline": _headline(table, clean),
+        "table": table,
+        "table_repetitive": _table(repetitive, _cells(repetitive)),
+        "repetition": _repetition(runs),
+        "by_task": _by_task(clean),
+        **{"definitions": DEFINITIONS, "conditions": conditions, "controls": controls},
+    }
+
+
+def headline_lines(report: dict[str, Any]) -> list[str]:
+    """Three to five short lines for the terminal: speed, batch sizes, repetition, controls."""
+    first, *others = report["headline"] or [None]
+    lines = [sentence(first) if first else "The drafter was not measured at batch 1."]
+    if others:
+        lines.append("; ".join(_brief(entry) for entry in others))
+    larger = [row for row in report["table"] if row["arm"] == DRAFTER and row["batch"] > 1]
+    if larger:
+        lines.append(_batches(larger))
+    apart = [entry for entry in report["repetition"] if entry["batch"] == 1]
+    if apart:
+        parts = [f"{e['repetitive']} of {e['groups']} at T={e['temperature']:g}" for e in apart]
+        lines.append(f"Prompts with repetitive answers, kept apart: {', '.join(parts)}.")
+    vouched = _controls_line(report["controls"])
+    return [*lines, vouched] if report["passed"] else [vouched, *lines]
+
+
+def write_report(folder: Path, report: dict[str, Any], runs: list[Run]) -> None:
+    """Writes runs.jsonl, report.png, report.md and, last, report.json into `folder`.
+
+    Each file appears whole or not at all, and report.json only beside the others. Raises OSError
+    when the folder cannot be written.
+    """
+    from eval.picture import draw  # matplotlib takes a second to import
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(run, ensure_ascii=False) + "\n" for run in runs)
+    _replace(folder / "runs.jsonl", lambda path: _text(path, lines))
+    _replace(folder / "report.png", lambda path: draw(report, path))
+    _replace(folder / "report.md", lambda path: _text(path, render(report)))
+    whole = json.dumps(report, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    _replace(folder / "report.json", lambda path: _text(path, whole))
+
+
+def _text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a temporary file, then renames it to `path`."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        part.replace(path)  # a rename in one folder is atomic
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _place(run: Run) -> tuple[float, int, int]:
+    return run["temperature"], run["batch"], run["group"]
+
+
+def _cells(runs: list[Run]) -> list[tuple[float, int, str]]:
+    """Temperature, batch and arm of every cell: the baseline first, then the drafter."""
+    order = {BASELINE: 0, DRAFTER: 1}
+    cells = {(run["temperature"], run["batch"], run["arm"]) for run in runs}
+    return sorted(cells, key=lambda cell: (*cell[:2], order.get(cell[2], 2), cell[2]))
+
+
+def _table(runs: list[Run], cells: list[tuple[float, int, str]]) -> list[dict[str, Any]]:
+    return [
+        measure(runs, arm, temperature=temperature, batch=batch)
+        for temperature, batch, arm in cells
+    ]
+
+
+def _headline(table: list[dict[str, Any]], clean: list[Run]) -> list[dict[str, Any]]:
+    rows = [row for row in table if row["batch"] == 1 and row["arm"] == DRAFTER]
+    return [_pick(row) | {"against": _against(row, table, clean)} for row in rows]
+
+
+def _pick(row: dict[str, Any]) -> dict[str, Any]:
+    names = ("temperature", "speedup", "decode_speedup", "tau", "n", "verdict")
+    return {name: row[name] for name in names}
+
+
+def _against(
+    row: dict[str, Any], table: list[dict[str, Any]], clean: list[Run]
+) -> dict[str, Estimate]:
+    """The drafter's speedup over every other drafting arm that shares its prompts."""
+    here = {"temperature": row["temperature"], "batch": row["batch"]}
+    others = [
+        other["arm"]
+        for other in table
+        if other["n"] and other["arm"] not in (BASELINE, DRAFTER) and here.items() <= other.items()
+    ]
+    return {arm: paired_speedup(clean, DRAFTER, arm, **here) for arm in others if row["n"]}
+
+
+def _repetition(runs: list[Run]) -> list[dict[str, Any]]:
+    everywhere = {_place(run) for run in runs}
+    odd = {_place(run) for run in runs if run["repetitive"]}
+    entries = []
+    for temperature, batch in sorted({place[:2] for place in everywhere}):
+        total = sum(place[:2] == (temperature, batch) for place in everywhere)
+        count = sum(place[:2] == (temperature, batch) for place in odd)
+        entry = {"temperature": temperature, "batch": batch, "groups": total, "repetitive": count}
+        entries.append(entry | {"share": share(count, total)})
+    return entries
+
+
+def _by_task(clean: list[Run]) -> list[dict[str, Any]]:
+    tasks = sorted({run["task"] for run in clean if run["batch"] == 1})
+    if len(tasks) < 2:
+        return []
+    found = []
+    for task in tasks:
+        runs = [run for run in clean if run["task"] == task and run["batch"] == 1]
+        cells = [cell for cell in _cells(runs) if cell[2] == DRAFTER]
+        found += [{"task": task} | _pick(row) for row in _table(runs, cells)]
+    return found
+
+
+def _brief(entry: dict[str, Any]) -> str:
+    speedup, tau = interval(entry["speedup"], times), number(entry["tau"]["value"])
+    return f"T={entry['temperature']:g}: {speedup}, tau {tau}, n={entry['n']}: {entry['verdict']}"
+
+
+def _batches(rows: list[dict[str, Any]]) -> str:
+    lowest = min(row["temperature"] for row in rows)
+    parts = [
+        f"{row['batch']}: {interval(row['speedup'], times)}, n={row['n']}"
+        for row in rows
+        if row["temperature"] == lowest
+    ]
+    return f"By batch size at T={lowest:g}: {'; '.join(parts)}."
+
+
+def _controls_line(controls: dict[str, dict[str, Any]]) -> str:
+    failed = [f"{name}: {c['found']}" for name, c in controls.items() if not c["passed"]]
+    if failed:
+        return f"CONTROL FAILED, do not use these figures. {'; '.join(failed)}"
+    if not controls:
+        return "No control was run: nothing vouches for these figures."
+    return f"Controls passed: {', '.join(controls)}."

@@ -1,0 +1,145 @@
+"""The command: `python -m train recipe=NAME`. Composes, checks, plans, runs."""
+
+import difflib
+import re
+import sys
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from train.compose import ROOT, resolvers, unknown
+
+CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
+HELP = """\
+draftsmith makes draft models for speculative decoding, and measures what they save.
+
+  python -m train recipe=NAME [key=value ...]     run a recipe; run again to go on where it stopped
+  python -m train recipe=NAME plan=true           show stages, sizes and costs; start nothing
+  python -m train recipe=NAME view=true           show examples with the supervised tokens in colour
+  python -m train --multirun recipe=NAME stages.finetune.optim.lr=1e-4,3e-4     sweep
+  python -m train recipe=NAME --cfg job           print the whole configuration
+
+Recipes:
+{recipes}
+
+Parts to choose with group=name or /group@stages.STAGE.KEY=name:
+{groups}
+"""
+
+
+def main() -> None:
+    """Entry point; exit codes: 0 done, 2 bad input, 3 a check failed, 4 environment."""
+    sys.argv[1:] = [a for a in sys.argv[1:] if not re.match(r"--?local[_-]rank", a)]
+    resolvers()
+    store = ConfigStore.instance()
+    for path in sorted(RECIPES.glob("*.yaml")):
+        store.store(path.stem, OmegaConf.load(path), group="recipe", package="_global_")
+    if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text())
+        return
+    _check(sys.argv[1:])
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_task)()
+
+
+def help_text() -> str:
+    """Recipes with the line that each says of itself, and the parts to choose from."""
+    files = sorted(RECIPES.glob("*.yaml"))
+    lines = [f"  {f.stem:<14} {f.read_text(encoding='utf-8').splitlines()[0][2:]}" for f in files]
+    groups = []
+    for folder in sorted(p for p in CONF.iterdir() if p.is_dir()):
+        names = ", ".join(f.stem for f in sorted(folder.glob("*.yaml")))
+        groups.append(f"  {folder.name:<14} {names}")
+    return HELP.format(recipes="\n".join(lines), groups="\n".join(groups))
+
+
+def _check(arguments: list[str]) -> None:
+    """Composes once beforehand, so that a misspelling is one sentence with the valid names."""
+    words = [a for a in arguments if not a.startswith("-")]
+    try:
+        overrides = OverridesParser.create().parse_overrides(words)
+    except HydraException as error:
+        _stop(f"{_one_line(error)}; write key=value")
+    plain = []
+    for override in overrides:
+        if override.is_sweep_override() and "glob(" in str(override.input_line):
+            return  # Hydra expands it, and lists the options itself
+        key = override.get_key_element()
+        value = next(override.sweep_string_iterator()) if override.is_sweep_override() else None
+        plain.append(f"{key}={value}" if value is not None else str(override.input_line))
+    if not any(word.startswith("recipe=") for word in plain):
+        _stop(f"no recipe was chosen: add recipe=NAME, one of {_recipes()}")
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            hydra.compose("config", plain)
+        except (HydraException, OmegaConfBaseException) as error:
+            _stop(_explain(error, plain))
+
+
+def _explain(error: Exception, words: list[str]) -> str:
+    """One sentence for a composition error, with the names that would have been right."""
+    text = str(error)
+    missing = re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", text)
+    if missing:
+        group, name = missing.groups()
+        valid = sorted(p.stem for p in (RECIPES if group == "recipe" else CONF / group).glob("*.yaml"))
+        near = difflib.get_close_matches(name, valid, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        return f"there is no {group} {name!r}{hint} There are: {', '.join(valid)}"
+    struck = re.search(r"Could not override '([^']+)'", text)
+    if struck:
+        return _unknown_key(struck.group(1), words) or _one_line(error)
+    return _one_line(error)
+
+
+def _unknown_key(key: str, words: list[str]) -> str | None:
+    """The sentence for an override of a key that the configuration does not have."""
+    good = [w for w in words if "." not in w.split("=")[0] and w.split("=")[0].lstrip("+~/") != key]
+    node: Any = hydra.compose("config", good)
+    parts = key.split(".")
+    for i, part in enumerate(parts):
+        if not isinstance(node, DictConfig) or part not in node:
+            valid = [str(k) for k in node] if isinstance(node, DictConfig) else []
+            return unknown(".".join(parts[: i + 1]), part, valid)
+        node = OmegaConf.select(node, part)
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return "; ".join(lines[:3])
+
+
+def _recipes() -> str:
+    return ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+
+
+def _task(config: DictConfig) -> float | None:
+    """Runs one composed recipe; returns the headline speedup for sweepers."""
+    from train.run import run_recipe
+
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        _stop(_one_line(error))
+    assert isinstance(plain, dict)
+    from hydra.core.hydra_config import HydraConfig
+
+    name = HydraConfig.get().runtime.choices["recipe"]
+    code, value = run_recipe(name, plain)
+    if code:
+        sys.exit(code)
+    return value
+
+
+def _stop(sentence: str) -> NoReturn:
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Configuration -> objects. The signature is the schema; a configuration is data and runs no code.
+
+A mapping with `_target_` names a class of this repository's packages; its other keys are the
+class's arguments. Everything is bound against signatures before anything is made.
+"""
+
+import difflib
+import functools
+import importlib
+import inspect
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("decoding", "drafters", "data", "eval", "train")
+ENVIRONMENT = {"DRAFTSMITH_SHARED": "../shared"}  # what a configuration may read, with defaults
+
+
+def resolvers() -> None:
+    """Leaves configurations one resolver, `${env:NAME}`, for a short list of names."""
+    OmegaConf.clear_resolvers()
+    OmegaConf.register_new_resolver("env", _environment)
+
+
+def _environment(name: str) -> str:
+    if name not in ENVIRONMENT:
+        raise ValueError(f"a configuration may read {list(ENVIRONMENT)} only, not {name!r}")
+    value = os.environ.get(name, ENVIRONMENT[name])
+    return value if Path(value).is_absolute() else str((ROOT / value).resolve())
+
+
+def find(name: Any, place: str) -> type:
+    """The class that `_target_` names; it must be defined in this repository."""
+    parts = name.split(".") if isinstance(name, str) else []
+    if len(parts) != 3 or parts[0] not in ROOMS or not all(p.isidentifier() for p in parts):
+        raise ValueError(
+            f"{place}._target_ is {name!r}; it must be room.module.Class with a room of "
+            f"{', '.join(ROOMS)}"
+        )
+    if not ROOT.joinpath(*parts[:2]).with_suffix(".py").is_file():
+        near = [f"{parts[0]}.{f.stem}" for f in sorted((ROOT / parts[0]).glob("*.py"))]
+        raise ValueError(f"{place}._target_ is {name!r}; modules there: {', '.join(near)}")
+    module = importlib.import_module(".".join(parts[:2]))
+    found = vars(module).get(parts[2])
+    if not isinstance(found, type) or found.__module__ != module.__name__:
+        raise ValueError(f"{place}._target_ is {name!r}, which is no class defined in that module")
+    return found
+
+
+def bind(config: Any, place: str) -> None:
+    """Checks a configuration, nested ones too, against the signatures of the classes it names.
+
+    Raises ValueError naming the key, the nearest valid name and all valid names.
+    """
+    if isinstance(config, list):
+        for i, item in enumerate(config):
+            bind(item, f"{place}[{i}]")
+    if not isinstance(config, dict):
+        return
+    if "_target_" not in config:
+        for key, value in config.items():
+            bind(value, f"{place}.{key}")
+        return
+    cls = find(config["_target_"], place)
+    accepted = _arguments(cls)
+    for key, value in config.items():
+        if key != "_target_" and key not in accepted:
+            raise ValueError(unknown(f"{place}.{key}", key, accepted))
+        bind(value, f"{place}.{key}")
+    for key, parameter in accepted.items():
+        if parameter.default is parameter.empty and key not in config:
+            raise ValueError(f"{place}.{key} is missing: {cls.__name__} cannot do without it")
+        if key in config:
+            _fits(config[key], _hints(cls).get(key, Any), f"{place}.{key}")
+
+
+def build(config: Any) -> Any:
+    """Makes the object that a bound configuration describes.
+
+    A drafter family becomes a Blueprint: it waits for the shape of its target.
+    """
+    if isinstance(config, list):
+        return [build(item) for item in config]
+    if not isinstance(config, dict):
+        return config
+    values = {key: build(value) for key, value in config.items() if key != "_target_"}
+    if "_target_" not in config:
+        return values
+    cls = find(config["_target_"], "configuration")
+    if _waits(cls):
+        from drafters.base import Blueprint
+
+        return Blueprint(cls, values)
+    return cls(**values)
+
+
+def classes(config: Any, place: str = "configuration") -> Iterator[tuple[type, dict[str, Any]]]:
+    """Every configured class in a configuration, with the mapping that configures it."""
+    if isinstance(config, dict):
+        if "_target_" in config:
+            yield find(config["_target_"], place), config
+        for value in config.values():
+            yield from classes(value, place)
+    elif isinstance(config, list):
+        for item in config:
+            yield from classes(item, place)
+
+
+def unknown(place: str, key: str, valid: Any) -> str:
+    """The sentence for a key that is not there."""
+    near = difflib.get_close_matches(key, list(valid), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"{place} is not a setting{hint} Valid names: {', '.join(sorted(valid))}"
+
+
+@functools.cache
+def _arguments(cls: type) -> dict[str, inspect.Parameter]:
+    """What a configuration may give: all but the target's shape, which the pipeline brings."""
+    parameters = inspect.signature(cls).parameters
+    return {k: p for k, p in parameters.items() if k != "shape" or not _waits(cls)}
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls.__init__)
+
+
+def _waits(cls: type) -> bool:
+    first = next(iter(inspect.signature(cls).parameters.values()), None)
+    return first is not None and first.name == "shape" and first.kind is not first.KEYWORD_ONLY
+
+
+def _fits(value: Any, hint: Any, place: str) -> None:
+    """Refuses a value that is plainly not of the type that the argument is annotated with."""
+    if not _matches(value, hint):
+        raise ValueError(f"{place} is {_show(value)}; expected {_name(hint)}")
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    if hint is Any:
+        return True
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, option) for option in typing.get_args(hint))
+    if isinstance(value, dict) and "_target_" in value:
+        return _slot(find(value["_target_"], "configuration"), hint)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin in (list, tuple, Sequence):
+        kinds = [k for k in typing.get_args(hint) if k is not Ellipsis] or [Any]
+        items = value if isinstance(value, list) else None
+        return items is not None and all(any(_matches(v, k) for k in kinds) for v in items)
+    if origin in (dict, Mapping):
+        kind = typing.get_args(hint)[1]
+        return isinstance(value, dict) and all(_matches(v, kind) for v in value.values())
+    if hint is None or hint is type(None):
+        return value is None
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    return isinstance(value, hint) if hint in (str, bool, dict, list) else False
+
+
+def _slot(cls: type, hint: Any) -> bool:
+    from drafters.base import Blueprint, Trained
+
+    if hint is Blueprint:
+        return issubclass(cls, Trained)
+    return isinstance(hint, type) and issubclass(cls, hint)
+
+
+def _name(hint: Any) -> str:
+    name = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+    return re.sub(r"\b[a-z_]+\.([A-Z])", r"\1", name).replace("NoneType", "null")
+
+
+def _show(value: Any) -> str:
+    return str(value["_target_"]) if isinstance(value, dict) and "_target_" in value else repr(value)

@@ -1,0 +1,184 @@
+"""What a stage will take, before it takes it: parameters, tokens, steps, memory, disk, hours.
+
+Rough by design: memory and disk within a factor of two, hours from a half-second probe of the
+machine's matrix products. Step D of the project narrows them.
+"""
+
+import functools
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from data.generate import Generate
+from decoding.target import Pretrained, Shape
+from eval.bench import Bench
+from train.base import BaseTarget
+from train.compose import build
+from train.distill import Distill, Schedule
+from train.plan import Planned
+
+PACKED_BYTES = 7  # a packed position: id 4, mask 1, document 2
+TRAINED_BYTES = 16  # a trained parameter: bf16 weight and gradient, fp32 master and two moments
+STATE_BYTES = 12  # a parameter in a checkpoint: fp32 weight and two moments
+ACTIVATIONS = 34  # bytes a token, layer and unit of width that a training step keeps (bf16)
+EFFICIENCY = 0.35  # share of the probe's speed that training reached here
+ROW_BYTES = 12  # a generated token in JSON lines: its id, its text and the row's share
+
+
+@dataclass
+class Estimate:
+    """Bytes, tokens and seconds; None where nothing can be said beforehand."""
+
+    what: str
+    tokens: int | None = None
+    steps: int | None = None
+    memory: int | None = None
+    disk: int | None = None
+    seconds: float | None = None
+
+
+def shape_of_target(spec: dict[str, Any], stages: list[Planned]) -> Shape | None:
+    """The target's shape: of the stage that trains it, of the files at hand, or as configured."""
+    for stage in stages:
+        if stage.config["_target_"] == "train.base.BaseTarget":
+            width = stage.config["width"]
+            known = {"hidden_size": width, "heads": width // 64, "kv_heads": width // 64}
+            return Shape(
+                **known,
+                vocab_size=stage.config["vocab_size"],
+                layers=stage.config["layers"],
+                intermediate_size=-(-8 * width // 192) * 64,
+                max_positions=stage.config["max_positions"],
+                tied=True,
+            )
+    target: Pretrained = build(spec)
+    if target.shape:
+        return Shape(**target.shape)
+    from transformers import AutoConfig
+
+    try:
+        return Shape.of(AutoConfig.from_pretrained(str(target.path), revision=target.revision))
+    except OSError:  # a Hub id and no Hub: the plan says so
+        return None
+
+
+def drafter_parameters(config: dict[str, Any], shape: Shape) -> int:
+    """Parameters of a configured drafter for a target of this shape; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build(config)(shape).parameters())
+
+
+def estimate(stage: Planned, shape: Shape | None) -> Estimate:
+    """What is known of a stage beforehand."""
+    made = build(stage.config)
+    if isinstance(made, BaseTarget):
+        assert shape is not None
+        return _training(made.schedule, shape.parameters(), shape.layers, shape.hidden_size, 0, 0)
+    if isinstance(made, Distill):
+        if shape is None:
+            return Estimate("distill; the target's shape is not known offline")
+        count = drafter_parameters(stage.config["drafter"], shape)
+        reads = shape.parameters() if made.objective.needs_target else 0
+        layers = int(made.drafter.arguments.get("layers") or 1)
+        return _training(made.schedule, count, layers, shape.hidden_size, reads, shape.vocab_size)
+    if isinstance(made, Generate):
+        return _generating(made, shape)
+    if isinstance(made, Bench):
+        return Estimate(f"{len(made.prompts)} task(s), up to {made.limit} prompts each")
+    return Estimate("")
+
+
+def _training(
+    plan: Schedule, parameters: int, layers: int, width: int, target: int, vocabulary: int
+) -> Estimate:
+    positions = plan.steps * plan.batch_tokens
+    held = plan.micro_batch * plan.sequence_length
+    activations = held * layers * width * ACTIVATIONS
+    flops = positions * (6 * parameters + 2 * target)
+    return Estimate(
+        f"{parameters:,} parameters" + (f", reads a target of {target:,}" if target else ""),
+        tokens=positions,
+        steps=plan.steps,
+        memory=parameters * TRAINED_BYTES + 2 * target + activations + 6 * 2**25,
+        disk=positions * PACKED_BYTES + parameters * (3 * STATE_BYTES + 4),
+        seconds=flops / (matrix_speed(plan.dtype) * EFFICIENCY),
+    )
+
+
+def _generating(made: Generate, shape: Shape | None) -> Estimate:
+    if shape is None:
+        return Estimate("generate; the target's shape is not known offline")
+    most = made.limit * made.answers_per_prompt * made.max_new_tokens if made.limit else None
+    cache = shape.layers * 2 * shape.kv_heads * (shape.head_dim or 64) * 2
+    held = made.batch_size * (made.max_new_tokens + made.max_prompt_tokens) * cache
+    return Estimate(
+        "at most" if most else "as many prompts as the source has",
+        tokens=most,
+        memory=2 * shape.parameters() + held,
+        disk=most * ROW_BYTES if most else None,
+    )
+
+
+@functools.cache
+def matrix_speed(dtype: str) -> float:
+    """Floating-point operations a second of a matrix product on this machine, now."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    a = torch.randn(1024, 1024, device=device).to(kind)
+    begin, count = time.perf_counter(), 0
+    while time.perf_counter() - begin < 0.3:
+        torch.mm(a, a)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        count += 1
+    return count * 2 * 1024**3 / (time.perf_counter() - begin)
+
+
+def show(name: str, config: dict[str, Any], stages: list[Planned]) -> None:
+    """Prints the plan of a recipe."""
+    shape = shape_of_target(config["target"], stages)
+    print(f"recipe {name}: {len(stages)} stages; nothing is started")
+    what = f"{shape.parameters():,} parameters" if shape else "not known offline"
+    print(f"target: {config['target'].get('path') or 'trained by stage target'}, {what}")
+    if shape:
+        count = drafter_parameters(config["drafter"], shape)
+        ratio = count / shape.parameters()
+        print(f"drafter: {config['drafter']['_target_']}, {count:,} parameters ({ratio:.1%})")
+    total = Estimate("")
+    for stage in stages:
+        found = estimate(stage, shape)
+        total.disk = (total.disk or 0) + (found.disk or 0)
+        total.seconds = (total.seconds or 0) + (found.seconds or 0)
+        print(f"\n  {stage.name}: {'done' if stage.done else 'to do'}, {stage.folder}")
+        if stage.needs:
+            print("    needs " + ", ".join(f"{k} from {v}" for k, v in stage.needs.items()))
+        print(f"    {_sentence(found)}")
+    print(
+        f"\nin all: about {_bytes(total.disk or 0)} of disk and {_time(total.seconds or 0)} of "
+        "training; generate and bench come on top"
+    )
+
+
+def _sentence(found: Estimate) -> str:
+    parts = [found.what] if found.what else []
+    if found.tokens is not None:
+        parts.append(f"{found.tokens:,} tokens")
+    if found.steps is not None:
+        parts.append(f"{found.steps:,} steps")
+    if found.memory is not None:
+        parts.append(f"about {_bytes(found.memory)} of memory a rank")
+    if found.disk is not None:
+        parts.append(f"{_bytes(found.disk)} of disk")
+    if found.seconds is not None:
+        parts.append(f"roughly {_time(found.seconds)}")
+    return ", ".join(parts) or "small"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{seconds / 60:.1f} minutes"

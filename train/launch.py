@@ -1,0 +1,56 @@
+"""Starts a stage as a process of its own, on one rank or several, and reports how it ended."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+from train.compose import ROOT
+
+
+class Launch:
+    """conf/launch/: how a stage's processes are started.
+
+    how: inline (one process), deepspeed or torchrun with `ranks` processes on this machine.
+    """
+
+    def __init__(
+        self, *, how: Literal["inline", "deepspeed", "torchrun"] = "inline", ranks: int = 1
+    ) -> None:
+        if how not in ("inline", "deepspeed", "torchrun"):
+            raise ValueError(f"launch.how is {how!r}; it must be inline, deepspeed or torchrun")
+        if ranks < 1 or (how == "inline" and ranks != 1):
+            raise ValueError(f"launch.ranks is {ranks} with how={how}; inline runs on one rank")
+        self.how, self.ranks = how, ranks
+
+    def run(self, folder: Path, parallel: bool) -> int:
+        """Runs the stage in `folder` to its end and returns its exit code.
+
+        `parallel` says that the stage can use several ranks; others run on one.
+        """
+        command = self._command(folder) if parallel else _inline(folder)
+        environment = os.environ | {"TOKENIZERS_PARALLELISM": "true", "PYTHONUNBUFFERED": "1"}
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        process = subprocess.Popen(command, cwd=ROOT, env=environment)
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+            raise
+
+    def _command(self, folder: Path) -> list[str]:
+        worker = ["train.worker", str(folder)]
+        if self.how == "deepspeed":
+            head = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators"]
+            return [*head, str(self.ranks), "--module", *worker]
+        if self.how == "torchrun":
+            head = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            return [*head, "--nproc_per_node", str(self.ranks), "-m", *worker]
+        return _inline(folder)
+
+
+def _inline(folder: Path) -> list[str]:
+    return [sys.executable, "-m", "train.worker", str(folder)]

@@ -1,0 +1,176 @@
+"""Recipe -> stages in order, each with a fingerprint, a folder and an estimate."""
+
+import ast
+import hashlib
+import inspect
+import json
+import platform
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from train.compose import bind, build, classes, find, unknown
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class Stage(Protocol):
+    """Work that reads other stages' artifacts and leaves one of its own in out/artifact."""
+
+    def run(self, out: Path, **inputs: Path) -> dict[str, float]: ...
+
+
+@dataclass
+class Planned:
+    """A stage of a recipe: its resolved configuration and where it will be, or is."""
+
+    name: str
+    config: dict[str, Any]
+    needs: dict[str, str]
+    fingerprint: str
+    folder: Path
+    inputs: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "DONE").is_file()
+
+
+def plan(config: dict[str, Any], root: Path) -> list[Planned]:
+    """The recipe's stages in an order that respects `needs`. Raises ValueError on a bad recipe."""
+    stages = {k: dict(v) for k, v in (config.get("stages") or {}).items() if v is not None}
+    if not stages:
+        raise ValueError("the recipe has no stages; choose one with recipe=..., see --help")
+    if config["target"].get("path"):
+        _drop_target_stage(stages)
+    needs = {name: _needs(name, stage) for name, stage in stages.items()}
+    planned: dict[str, Planned] = {}
+    for name in _order(needs):
+        body = {k: v for k, v in stages[name].items() if k != "needs"}
+        if not NAME.fullmatch(name):
+            raise ValueError(f"the stage name {name!r} cannot be a folder's name")
+        bind(body, f"stages.{name}")
+        _check_inputs(name, body, needs[name], config)
+        known = {argument: planned[source] for argument, source in needs[name].items()}
+        mark = fingerprint(body, {a: p.fingerprint for a, p in known.items()})
+        folder = root / "stages" / f"{name}-{mark}"
+        inputs = {a: p.folder / "artifact" for a, p in known.items()}
+        planned[name] = Planned(name, body, needs[name], mark, folder, inputs)
+    return list(planned.values())
+
+
+def fingerprint(config: dict[str, Any], inputs: dict[str, str]) -> str:
+    """Twelve hex digits of everything that can change a stage's result.
+
+    Its configuration without what its classes call `free`, its inputs' fingerprints, the contents
+    of the files it names, and the source (comments and docstrings aside) of its classes' modules;
+    for a class with `on_device`, also what it is measured on.
+    """
+    sources, files = {}, {}
+    for cls, body in classes(config):
+        sources[cls.__module__] = _source(Path(inspect.getfile(cls)))
+        if hasattr(cls, "fingerprint"):
+            files[json.dumps(body, sort_keys=True)] = build(body).fingerprint()
+        if getattr(cls, "on_device", False):
+            sources["device"] = device()
+    whole = {"config": _kept(config), "inputs": inputs, "sources": sources, "files": files}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def device() -> str:
+    """What a measurement depends on besides the code: the device's name and the thread count."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{processor()}, {torch.get_num_threads()} threads"
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _kept(config: Any) -> Any:
+    """The configuration without keys that cannot change a result."""
+    if isinstance(config, list):
+        return [_kept(item) for item in config]
+    if not isinstance(config, dict):
+        return config
+    free: frozenset[str] = frozenset()
+    if "_target_" in config:
+        free = getattr(find(config["_target_"], "configuration"), "free", free)
+    return {key: _kept(value) for key, value in config.items() if key not in free}
+
+
+def _source(file: Path) -> str:
+    """Hash of a module's code; comments, docstrings and layout do not count."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
+                body[0].value.value = ""
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def _drop_target_stage(stages: dict[str, dict[str, Any]]) -> None:
+    """With a target at hand, nothing trains one, and whoever needed that stage reads the path."""
+    trained = [n for n, s in stages.items() if s.get("_target_") == "train.base.BaseTarget"]
+    for name in trained:
+        del stages[name]
+    for stage in stages.values():
+        needs = dict(stage.get("needs") or {})
+        stage["needs"] = {a: source for a, source in needs.items() if source not in trained}
+
+
+def _needs(name: str, stage: dict[str, Any]) -> dict[str, str]:
+    needs = stage.get("needs") or {}
+    if not isinstance(needs, dict):
+        raise ValueError(f"stages.{name}.needs is {needs!r}; it must map arguments to stages")
+    return {argument: source for argument, source in needs.items() if source is not None}
+
+
+def _order(needs: dict[str, dict[str, str]]) -> list[str]:
+    order: list[str] = []
+    waiting = dict(needs)
+    for name, sources in needs.items():
+        for argument, source in sources.items():
+            if source not in needs:
+                raise ValueError(unknown(f"stages.{name}.needs.{argument}={source}", source, needs))
+    while waiting:
+        ready = [n for n, sources in waiting.items() if all(s in order for s in sources.values())]
+        if not ready:
+            raise ValueError(f"the stages {', '.join(waiting)} need each other in a circle")
+        order.append(ready[0])
+        del waiting[ready[0]]
+    return order
+
+
+def _check_inputs(
+    name: str, body: dict[str, Any], needs: dict[str, str], config: dict[str, Any]
+) -> None:
+    """A stage's needs must be arguments of its `run`, and a target must come from somewhere."""
+    cls = find(body["_target_"], f"stages.{name}")
+    run = getattr(cls, "run", None)
+    if run is None:
+        raise ValueError(f"stages.{name}._target_ is {body['_target_']}, which is no stage")
+    accepted = [p for p in inspect.signature(run).parameters if p not in ("self", "out")]
+    for argument in needs:
+        if argument not in accepted:
+            raise ValueError(unknown(f"stages.{name}.needs.{argument}", argument, accepted))
+    for argument, parameter in inspect.signature(run).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
+            if argument not in needs:
+                raise ValueError(f"stages.{name}.needs.{argument} is missing: name the stage")
+    if "target" in accepted and "target" not in needs and not config["target"].get("path"):
+        raise ValueError(
+            f"stages.{name} has no target: set target.path to a folder or Hub id, or let a stage "
+            "train one (needs: {target: target})"
+        )

@@ -1,0 +1,124 @@
+"""Stage `publish`: a folder ready for the Hub, whose card says what was measured."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from decoding.target import Pretrained
+from drafters.base import write_json
+from train.worker import environment
+
+CARRIED = ("report.json", "report.md", "report.png", "runs.jsonl")
+
+
+class Publish:
+    """Assembles drafter, tokenizer, model card and evidence.
+
+    language: codes for the card; licence: of the drafter's weights, which the data decide;
+    repository: where it will live on the Hub.
+    """
+
+    def __init__(
+        self,
+        *,
+        target: Pretrained,
+        language: list[str],
+        licence: str,
+        repository: str = "your-name/your-drafter",
+    ) -> None:
+        self.target, self.language, self.licence = target, language, licence
+        self.repository = repository
+
+    def run(
+        self, out: Path, *, drafter: Path, report: Path, target: Path | None = None
+    ) -> dict[str, float]:
+        """Writes artifact/ and returns its size in bytes."""
+        folder, part = out / "artifact", out / "artifact.part"
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(drafter, part)
+        measured = json.loads((report / "report.json").read_text(encoding="utf-8"))
+        for name in CARRIED:
+            shutil.copy2(report / name, part / name)
+        self._tell_transformers(part, measured)
+        card = self._card(part, measured, target)
+        (part / "README.md").write_text(card, encoding="utf-8")
+        write_json(part / "provenance.json", self._provenance(drafter, report))
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        print(f"ready for the Hub: {folder} ({size / 2**20:.1f} MiB)", flush=True)
+        return {"bytes": size}
+
+    def _tell_transformers(self, folder: Path, measured: dict[str, Any]) -> None:
+        """`generate(assistant_model=...)` reads the draft length from the drafter's own file."""
+        file = folder / "generation_config.json"
+        if file.is_file():
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            settings |= {
+                "num_assistant_tokens": measured["conditions"]["draft_length"],
+                "num_assistant_tokens_schedule": "constant",
+                "assistant_confidence_threshold": 0.0,
+            }
+            write_json(file, settings)
+
+    def _card(self, folder: Path, measured: dict[str, Any], target: Path | None) -> str:
+        base = self.target.path if self.target.path and not target else None
+        head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+        head += [f"license: {self.licence}", "language:", *(f"- {code}" for code in self.language)]
+        if base and "/" in base and not Path(base).is_absolute():
+            head += [f"base_model: {base}", "base_model_relation: adapter"][:1]
+        head += ["tags:", "- speculative-decoding", "- draft-model", "---"]
+        lossless = (
+            "Speculative decoding with it is lossless: greedy answers equal the target's, sampled "
+            "ones follow its law. What was checked stands under Controls."
+        )
+        body = (folder / "report.md").read_text(encoding="utf-8")
+        name = base or "the target that the recipe trains"
+        return "\n".join(
+            [
+                *head,
+                "",
+                f"# A draft model for {name}",
+                "",
+                "It guesses; the target checks several tokens in one pass and stays the author. "
+                + lossless,
+                "",
+                "## Use",
+                "",
+                _snippet(base or "path/to/target", self.repository),
+                "",
+                "## What was measured",
+                "",
+                body,
+            ]
+        )
+
+    def _provenance(self, drafter: Path, report: Path) -> dict[str, Any]:
+        def stage(artifact: Path) -> dict[str, Any]:
+            note = json.loads((artifact.parent / "stage.json").read_text(encoding="utf-8"))
+            return {"name": note["name"], "fingerprint": note["fingerprint"]} | {
+                "config": note["config"]
+            }
+
+        return {
+            "drafter": stage(drafter),
+            "bench": stage(report),
+            "environment": environment(),
+            "target": {"path": self.target.path, "revision": self.target.revision},
+        }
+
+
+def _snippet(target: str, drafter: str) -> str:
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{target}")
+target = AutoModelForCausalLM.from_pretrained("{target}", dtype="auto")
+drafter = AutoModelForCausalLM.from_pretrained("{drafter}", dtype="auto")
+messages = [{{"role": "user", "content": "..."}}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+print(tokenizer.decode(target.generate(**inputs, assistant_model=drafter, max_new_tokens=256)[0]))
+```"""

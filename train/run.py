@@ -1,0 +1,136 @@
+"""A composed recipe -> its stages run, or planned, or viewed."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from drafters.base import write_json
+from train.compose import bind, build
+from train.launch import Launch
+from train.plan import Planned, plan
+
+BAD_INPUT, ENVIRONMENT = 2, 4
+SEVERAL_RANKS = ("train.distill.Distill", "train.base.BaseTarget")
+
+
+def run_recipe(name: str, config: dict[str, Any]) -> tuple[int, float | None]:
+    """Does what the switches ask; returns the exit code and the headline speedup, if measured."""
+    try:
+        root = Path(config["output_dir"]).resolve()
+        bind(config["launch"], "launch")
+        stages = plan(config, root)
+        if config["plan"]:
+            from train.estimate import show
+
+            show(name, config, stages)
+            return 0, None
+        if config["view"]:
+            from train.view import view
+
+            view(config, stages)
+            return 0, None
+        _writable(root)
+        return _run(name, config, stages, root)
+    except ValueError as error:
+        return _say(BAD_INPUT, error), None
+    except OSError as error:
+        return _say(ENVIRONMENT, error), None
+    except KeyboardInterrupt:
+        return _say(130, "stopped; the same command goes on where it was"), None
+
+
+def _run(
+    name: str, config: dict[str, Any], stages: list[Planned], root: Path
+) -> tuple[int, float | None]:
+    launch: Launch = build(config["launch"])
+    write_json(root / f"{name}.json", {s.name: str(s.folder) for s in stages})
+    for number, stage in enumerate(stages, 1):
+        head = f"[{number}/{len(stages)}] {stage.name}"
+        if stage.done:
+            print(f"{head}: done before, {_shown(stage.folder)}", flush=True)
+            continue
+        print(f"{head}: {_shown(stage.folder)}", flush=True)
+        _write(stage)
+        code = launch.run(stage.folder, stage.config["_target_"] in SEVERAL_RANKS)
+        if code or not stage.done:
+            print(
+                f"{head} ended with exit code {code}; what it has made is kept, and the same "
+                "command goes on from there",
+                file=sys.stderr,
+            )
+            return _exit_code(code), None
+    return 0, _summary(name, stages)
+
+
+def _exit_code(code: int) -> int:
+    """A launcher may report a signal or a code of its own; ours pass through."""
+    return code if code in (2, 3, 4, 130, 143) else 1
+
+
+def _write(stage: Planned) -> None:
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    note = {
+        "name": stage.name,
+        "fingerprint": stage.fingerprint,
+        "config": stage.config,
+        "inputs": {k: str(v) for k, v in stage.inputs.items()},
+    }
+    write_json(stage.folder / "stage.json", note)
+    from omegaconf import OmegaConf
+
+    OmegaConf.save(OmegaConf.create(stage.config), stage.folder / "config.yaml")
+
+
+def _summary(name: str, stages: list[Planned]) -> float | None:
+    """What was made, where it is, how fast, and the next command to type."""
+    results = {s.name: json.loads((s.folder / "result.json").read_text()) for s in stages}
+    seconds = sum(r.get("seconds", 0) for r in results.values())
+    print(f"\n{name}: {len(stages)} stages, {seconds / 60:.1f} minutes of work in all")
+    speedup = None
+    for stage in stages:
+        kind = stage.config["_target_"]
+        artifact = stage.folder / "artifact"
+        if kind == "eval.bench.Bench":
+            from eval.report import headline_lines
+
+            report = json.loads((artifact / "report.json").read_text(encoding="utf-8"))
+            print(*(f"  {line}" for line in headline_lines(report)), sep="\n")
+            print(f"  report: {_shown(artifact / 'report.md')}, {_shown(artifact / 'report.png')}")
+            speedup = results[stage.name].get("speedup_T0")
+        elif kind in ("train.publish.Publish", "train.base.BaseTarget"):
+            print(f"  {stage.name}: {_shown(artifact)}")
+    drafters = [s for s in stages if s.config["_target_"] == "train.distill.Distill"]
+    if drafters:
+        print(f"  drafter: {_shown(drafters[-1].folder / 'artifact')}")
+    print(f"  next: .venv/bin/python -m train recipe={name} view=true   (what it was trained on)")
+    return speedup
+
+
+def _writable(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".probe-{os.getpid()}"
+        probe.write_text("", encoding="utf-8")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"output_dir {root} cannot be written to ({error.strerror}); set output_dir=... to a "
+            "folder of yours"
+        ) from None
+    free = shutil.disk_usage(root).free
+    if free < 2**30:
+        print(f"warning: {free / 2**20:.0f} MiB are free in {root}", file=sys.stderr)
+
+
+def _shown(path: Path) -> str:
+    """A path as short as it can be said from here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def _say(code: int, error: object) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code

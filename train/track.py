@@ -1,0 +1,72 @@
+"""Where the numbers go: JSONL always, wandb if asked, and never an end to training for telemetry."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Jsonl:
+    """conf/tracker/jsonl.yaml: metrics.jsonl in the stage's folder and nothing else."""
+
+    def open(self, folder: Path, config: dict[str, Any]) -> Any:
+        """No remote run."""
+        return None
+
+
+class Wandb(Jsonl):
+    """conf/tracker/wandb.yaml. Offline unless a key is in the environment."""
+
+    def __init__(self, *, project: str = "draftsmith", mode: str | None = None) -> None:
+        self.project = project
+        self.mode = mode or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+
+    def open(self, folder: Path, config: dict[str, Any]) -> Any:
+        """A wandb run, or None with a warning when there can be none."""
+        try:
+            import wandb
+
+            return wandb.init(
+                project=self.project,
+                mode=self.mode,  # type: ignore[arg-type]
+                dir=str(folder),
+                id=folder.name[-64:],
+                resume="allow",
+                config=config,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except Exception as error:  # any failure of telemetry is a warning
+            print(f"wandb is off for this stage: {error}", file=sys.stderr)
+            return None
+
+
+class Tracker:
+    """Writes metrics of one stage on rank 0; other ranks make one that does nothing."""
+
+    def __init__(self, folder: Path, rank: int = 0, remote: Jsonl | None = None) -> None:
+        self.file = folder / "metrics.jsonl"
+        self.rank = rank
+        self.run = remote.open(folder, {}) if remote and rank == 0 else None
+
+    def log(self, step: int, **values: float) -> None:
+        """One line of JSON; `step` counts optimiser steps."""
+        if self.rank:
+            return
+        row = {"step": step, "time": round(time.time(), 3), **values}
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+        if self.run is not None:
+            try:
+                self.run.log(values, step=step)
+            except Exception as error:  # see above
+                print(f"wandb stopped: {error}", file=sys.stderr)
+                self.run = None
+
+    def close(self) -> None:
+        if self.run is not None:
+            try:
+                self.run.finish()
+            except Exception as error:  # see above
+                print(f"wandb did not finish: {error}", file=sys.stderr)

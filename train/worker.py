@@ -1,0 +1,114 @@
+"""One process, one stage: `python -m train.worker FOLDER` (a launcher starts it, once a rank)."""
+
+import json
+import os
+import sys
+import time
+import traceback
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from drafters.base import write_json
+from eval.controls import Failed
+
+BAD_INPUT, CHECK_FAILED, ENVIRONMENT, STOPPED = 2, 3, 4, 130
+PACKAGES = ("torch", "transformers", "datasets", "deepspeed", "safetensors", "tokenizers")
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the stage described in FOLDER/stage.json; returns the exit code."""
+    (place,) = [a for a in arguments if not a.startswith("--local")]
+    folder = Path(place)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DISABLE_TQDM_FOR_WEIGHTS", "1")
+    code = _guarded(folder)
+    _leave(code)
+    return code
+
+
+def _guarded(folder: Path) -> int:
+    """Runs; a sentence for what the user can mend, a traceback for what we must."""
+    try:
+        _run(folder)
+        return 0
+    except ValueError as error:
+        return _say(BAD_INPUT, str(error))
+    except (Failed, ArithmeticError) as error:
+        return _say(CHECK_FAILED, str(error))
+    except MemoryError:
+        return _say(ENVIRONMENT, "out of memory: lower micro_batch, batch_size or max_new_tokens")
+    except OSError as error:
+        return _say(ENVIRONMENT, str(error))
+    except KeyboardInterrupt:
+        return _say(STOPPED, "stopped; the same command goes on where it was")
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _run(folder: Path) -> None:
+    from transformers.utils import logging
+
+    from train.compose import bind, build
+    from train.engine import quiet, ranks
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    quiet()
+    note = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+    bind(note["config"], f"stages.{note['name']}")
+    stage = build(note["config"])
+    rank, world = ranks()
+    if rank == 0:
+        write_json(folder / "environment.json", environment(world))
+    begin = time.time()
+    inputs = {name: Path(path) for name, path in note["inputs"].items()}
+    metrics = stage.run(folder, **inputs)
+    if rank == 0:
+        metrics = {**metrics, "seconds": time.time() - begin}
+        write_json(folder / "result.json", metrics)
+        (folder / "DONE").write_text("", encoding="utf-8")
+
+
+def environment(world: int = 1) -> dict[str, Any]:
+    """Versions and hardware, for provenance."""
+    import platform
+
+    import torch
+
+    from train.plan import processor
+
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "ranks": world,
+    }
+
+
+def _say(code: int, sentence: str) -> int:
+    from train.engine import ranks
+
+    if ranks()[0] == 0 or code == 1:
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+    return code
+
+
+def _leave(code: int) -> None:
+    """Ends this rank: after a barrier if all went well, and without the interpreter's own exit,
+    in which gloo's threads abort about one two-process job in ten."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if code == 0 and torch.distributed.get_world_size() > 1:
+            torch.distributed.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
