@@ -23,6 +23,7 @@ SKIPPED = {
 LONGEST_LINE = 160  # characters; longer ones are data
 TABLE = ("'", '"', "(", "[", "{", *"0123456789")  # how the lines of a table begin
 ANSWER = 1_500  # characters of a docstring or topic in an answer
+SUMMARY = 240  # characters of a short answer
 LINES = range(3, 31)  # of a function's source in an answer
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef
@@ -40,6 +41,8 @@ class Builtin(Source):
     "Write the Python function `f` of the module `m`.", "Complete this Python function ...",
     "What does `m.f` do?", "What is the Python module `m` for?", "Explain this topic of Python ...".
     Texts of kind "text" do contain those answers.
+    kind "summary": only what a docstring says first, of every function, class and module that has
+    one: "What does `m.f` do, in short?". Short prose that a small model can learn in minutes.
 
     The order is by hash, so that a `limit` takes a fair sample. Versions of Python differ in
     text, hence in rows and fingerprint.
@@ -47,15 +50,16 @@ class Builtin(Source):
 
     licence = "PSF-2.0"
 
-    def __init__(self, *, kind: Literal["text", "chat"], limit: int | None = None) -> None:
-        if kind not in ("text", "chat"):
-            raise ValueError(f"kind is {kind!r}, expected text or chat: correct it")
+    def __init__(self, *, kind: Literal["text", "chat", "summary"], limit: int | None = None) -> None:
+        if kind not in ("text", "chat", "summary"):
+            raise ValueError(f"kind is {kind!r}, expected text, chat or summary: correct it")
         self._kind, self._limit = kind, check_limit(limit)
         self.name = f"the standard library ({kind})"
 
     def rows(self) -> Iterator[Row]:
         """ValueError when this Python came without the sources of its library."""
-        rows = self._texts() if self._kind == "text" else self._chats()
+        pairs = self._pairs if self._kind == "chat" else self._summaries
+        rows = self._texts() if self._kind == "text" else _distinct(pairs())
         return islice(rows, self._limit)
 
     def fingerprint(self) -> str:
@@ -84,17 +88,15 @@ class Builtin(Source):
         for piece in sorted(pieces, key=_hash):
             yield {"text": piece}
 
-    def _chats(self) -> Iterator[Row]:
-        pairs: dict[str, Pair] = {}
-        answers = set[str]()  # an answer twice would stand on both sides of the held-out split
-        for prompt, answer in self._pairs():
-            if prompt_key(prompt) not in pairs and answer not in answers:
-                pairs[prompt_key(prompt)] = prompt, answer
-                answers.add(answer)
-        for key in sorted(pairs):
-            prompt, answer = pairs[key]
-            turns = (("user", prompt), ("assistant", answer))
-            yield {"messages": [{"role": role, "content": said} for role, said in turns]}
+    def _summaries(self) -> Iterator[Pair]:
+        for module, source in self._sources.items():
+            tree = ast.parse(source)
+            yield from _summary(tree, f"the Python module `{module}`")
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ClassDef):
+                    yield from _summary(node, f"the class `{module}.{node.name}`")
+                elif isinstance(node, Definition):
+                    yield from _summary(node, f"`{module}.{node.name}`")
 
     def _pairs(self) -> Iterator[Pair]:
         for topic, text in _topics().items():
@@ -105,6 +107,30 @@ class Builtin(Source):
             if about and len(about) > 40:
                 yield f"What is the Python module `{module}` for?", _beginning(about)
             yield from _of_body(tree.body, module, "", source.splitlines())
+
+
+def _distinct(pairs: Iterator[Pair]) -> Iterator[Row]:
+    """Conversations in the order of their hashes, each prompt and each answer once."""
+    kept: dict[str, Pair] = {}
+    answers = set[str]()  # an answer twice would stand on both sides of the held-out split
+    for prompt, answer in pairs:
+        if prompt_key(prompt) not in kept and answer not in answers:
+            kept[prompt_key(prompt)] = prompt, answer
+            answers.add(answer)
+    for key in sorted(kept):
+        prompt, answer = kept[key]
+        turns = (("user", prompt), ("assistant", answer))
+        yield {"messages": [{"role": role, "content": said} for role, said in turns]}
+
+
+def _summary(node: ast.Module | ast.ClassDef | Definition, thing: str) -> Iterator[Pair]:
+    """A question about what has a docstring, answered by its first sentences on one line."""
+    first = (ast.get_docstring(node) or "").split("\n\n")[0]
+    said = " ".join(first.split())[:SUMMARY]
+    if len(first) > SUMMARY:
+        said = said[: said.rfind(". ") + 1]
+    if len(said) >= 20:
+        yield f"What does {thing} do, in short?", said
 
 
 def _explanation(topic: str, text: str) -> Pair:

@@ -3,6 +3,8 @@
 import hashlib
 from typing import Any
 
+from jinja2.exceptions import TemplateError
+
 Message = dict[str, str]
 
 
@@ -37,8 +39,13 @@ def render(tokenizer: Any, messages: list[Message]) -> tuple[list[int], list[boo
     the generation prompt. Where a template rewrites earlier turns, the prefix does not match and
     the row is refused (`Unrenderable`), as is one with nothing, or everything, supervised.
     """
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    spans = [_span(tokenizer, messages, i, text) for i in _answers(messages)]
+    if not messages or messages[0]["role"] == "assistant":
+        raise Unrenderable("it begins with an answer")
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        spans = [_span(tokenizer, messages, i, text) for i in _answers(messages)]
+    except TemplateError as error:
+        raise Unrenderable(f"its chat template refuses it ({error})") from None
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     mask = [any(begin <= a and b <= end for begin, end in spans) for a, b in offsets]

@@ -89,7 +89,9 @@ class Generate:
 
     def _questions(self, gate: Gate) -> Iterator[Row]:
         seen = set()
-        for row in gate(self.prompts.rows()):
+        for row in gate(self.prompts.rows(), self.prompts.name):
+            if "messages" not in row:
+                raise ValueError(f"{self.prompts.name} gives text, expected prompts: set its prompt")
             key = prompt_key(prompt_of(row))
             if key not in seen and not heldout(prompt_of(row)):
                 seen.add(key)

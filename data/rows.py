@@ -82,7 +82,13 @@ def fill(template: str, record: Mapping[str, Any], where: str) -> str:
 
 
 def value_of(record: Mapping[str, Any], column: str, where: str) -> Any:
-    """What the column holds; ValueError with the columns that are there when it is not one."""
+    """What the column holds; ValueError with the columns that are there when it is not one.
+
+    "translation.de" is the key `de` of a column `translation` that holds a mapping.
+    """
+    outer, dot, inner = column.partition(".")
+    if column not in record and dot and isinstance(record.get(outer), Mapping):
+        return value_of(record[outer], inner, f"{where}, column {outer!r}")
     if column not in record:
         raise ValueError(
             f"{where}: no column {column!r}; the columns there are "

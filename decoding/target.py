@@ -206,13 +206,15 @@ class Target(nn.Module):
 class Pretrained:
     """A target by local folder or Hub id; `shape` lets a plan be made where neither is at hand.
 
-    `path` null says that a stage of the recipe trains the target.
+    `path` null says that a stage of the recipe trains the target. `chat_template` (Jinja) is for
+    targets whose tokenizer comes without one.
     """
 
     path: str | None = None
     revision: str | None = None
     dtype: str = "bfloat16"
     shape: dict[str, int] | None = None
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -249,7 +251,12 @@ class Pretrained:
 
         place = str(folder or self.path)
         revision = None if folder else self.revision
-        return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            place, revision=revision, trust_remote_code=False
+        )
+        if self.chat_template:
+            tokenizer.chat_template = self.chat_template
+        return tokenizer
 
 
 def contents_hash(path: str | Path) -> str:

@@ -43,7 +43,7 @@ class Bench:
         self,
         *,
         target: Pretrained,
-        prompts: dict[str, Source],
+        prompts: dict[str, Source | None],
         heldout_only: bool = True,
         limit: int = 40,
         max_prompt_tokens: int = 512,
@@ -65,7 +65,8 @@ class Bench:
                 "bench needs temperatures, batch_sizes and draft_lengths, and limit, "
                 "max_new_tokens, repeats, trial_prompts and control_prompts of at least 1"
             )
-        self.target, self.prompts, self.heldout_only = target, prompts, heldout_only
+        self.prompts = {task: source for task, source in prompts.items() if source is not None}
+        self.target, self.heldout_only = target, heldout_only
         self.limit, self.max_prompt_tokens, self.max_new_tokens = (
             limit, max_prompt_tokens, max_new_tokens,
         )  # fmt: skip

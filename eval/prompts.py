@@ -66,6 +66,8 @@ def _distinct(source: Source, heldout_only: bool) -> Iterator[Row]:
     gate = Gate(source.language, of="prompt")
     seen: set[str] = set()
     for row in gate(source.rows(), source.name):
+        if "messages" not in row:
+            raise ValueError(f"{source.name} gives text, expected prompts: set its prompt")
         key = prompt_key(prompt_of(row))
         if key not in seen and (heldout(prompt_of(row)) or not heldout_only):
             seen.add(key)

@@ -33,7 +33,7 @@ def save(folder: Path, step: int, state: dict[str, Tensor], position: dict[str, 
     os.replace(part, final)
     _flush(folder)
     if fault(final) is None:
-        for old in _steps(folder)[:-2]:
+        for old in [p for p in _steps(folder) if p.name < final.name][:-1]:
             shutil.rmtree(old, ignore_errors=True)
     return final
 

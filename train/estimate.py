@@ -64,10 +64,16 @@ def shape_of_target(spec: dict[str, Any], stages: list[Planned]) -> Shape | None
         return None
 
 
-def drafter_parameters(config: dict[str, Any], shape: Shape) -> int:
-    """Parameters of a configured drafter for a target of this shape; nothing is allocated."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in build(config)(shape).parameters())
+def drafter_parameters(config: dict[str, Any], shape: Shape) -> int | None:
+    """Parameters of a configured drafter for a target of this shape; nothing is allocated.
+
+    None for a checkpoint on the Hub while the Hub cannot be reached.
+    """
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in build(config)(shape).parameters())
+    except OSError:
+        return None
 
 
 def estimate(stage: Planned, shape: Shape | None) -> Estimate:
@@ -77,9 +83,11 @@ def estimate(stage: Planned, shape: Shape | None) -> Estimate:
         assert shape is not None
         return _training(made.schedule, shape.parameters(), shape.layers, shape.hidden_size, 0, 0)
     if isinstance(made, Distill):
-        if shape is None:
-            return Estimate("distill; the target's shape is not known offline")
-        count = drafter_parameters(stage.config["drafter"], shape)
+        count = drafter_parameters(stage.config["drafter"], shape) if shape else None
+        if shape is None or count is None:
+            plan = made.schedule
+            said = "sizes are not known while the Hub cannot be reached"
+            return Estimate(said, plan.steps * plan.batch_tokens, plan.steps)
         reads = shape.parameters() if made.objective.needs_target else 0
         layers = int(made.drafter.arguments.get("layers") or 1)
         return _training(made.schedule, count, layers, shape.hidden_size, reads, shape.vocab_size)
@@ -144,8 +152,8 @@ def show(name: str, config: dict[str, Any], stages: list[Planned]) -> None:
     print(f"target: {config['target'].get('path') or 'trained by stage target'}, {what}")
     if shape:
         count = drafter_parameters(config["drafter"], shape)
-        ratio = count / shape.parameters()
-        print(f"drafter: {config['drafter']['_target_']}, {count:,} parameters ({ratio:.1%})")
+        size = f"{count:,} parameters ({count / shape.parameters():.1%})" if count else "not known"
+        print(f"drafter: {config['drafter']['_target_']}, {size}")
     total = Estimate("")
     for stage in stages:
         found = estimate(stage, shape)

@@ -176,7 +176,8 @@ class _Chunked(torch.autograd.Function):
 
 def _slices(tokens: int, vocabulary: int) -> list[slice]:
     step = max(16, CHUNK_ELEMENTS // vocabulary)
-    return [slice(i, min(i + step, tokens)) for i in range(0, tokens, step)]
+    # without tokens one empty slice: the sums have the same keys on every rank
+    return [slice(i, min(i + step, tokens)) for i in range(0, max(1, tokens), step)]
 
 
 def _target_law(prediction: Prediction, target: Target | None, at: slice) -> Tensor | None:
