@@ -50,7 +50,9 @@ class Builtin(Source):
 
     licence = "PSF-2.0"
 
-    def __init__(self, *, kind: Literal["text", "chat", "summary"], limit: int | None = None) -> None:
+    def __init__(
+        self, *, kind: Literal["text", "chat", "summary"], limit: int | None = None
+    ) -> None:
         if kind not in ("text", "chat", "summary"):
             raise ValueError(f"kind is {kind!r}, expected text, chat or summary: correct it")
         self._kind, self._limit = kind, check_limit(limit)

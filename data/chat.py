@@ -5,7 +5,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-Message = dict[str, str]
+from data.rows import Message
 
 
 def template_hash(tokenizer: Any) -> str:

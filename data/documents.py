@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from data.chat import Unrenderable, render
 from data.pack import Document
-from data.sources import Row, prompt_key, prompt_of
+from data.rows import Row, Sample
+from data.sources import prompt_key, prompt_of
 
 MOST_DROPPED = 0.05  # share of conversations that may be unrenderable before it is an error
 VALIDATION = 100  # one row in so many, by hash, measures and is never trained on
@@ -25,7 +26,7 @@ class Documents:
         self.dropped: Counter[str] = Counter()
         self.supervised = self.tokens = 0
 
-    def __call__(self, rows: Iterable[Row], validation: bool) -> Iterator[Document]:
+    def __call__(self, rows: Iterable[Row | Sample], validation: bool) -> Iterator[Document]:
         """The documents of one side of the split."""
         for row in rows:
             if is_validation(row) != validation:
@@ -36,11 +37,12 @@ class Documents:
                 self.tokens += len(document.ids)
                 self.supervised += sum(document.mask)
                 yield document
-        self._complain()
+        self.complain()
 
-    def _document(self, row: Row) -> Document | None:
+    def _document(self, row: Row | Sample) -> Document | None:
         if "answer_ids" in row:
-            prompt, answer = row["prompt_ids"], row["answer_ids"]
+            sample = cast(Sample, row)
+            prompt, answer = sample["prompt_ids"], sample["answer_ids"]
             return Document(prompt + answer, [False] * len(prompt) + [True] * len(answer))
         if "messages" in row:
             try:
@@ -55,18 +57,22 @@ class Documents:
             ids = [*ids, self.tokenizer.eos_token_id]
         return Document(ids, [True] * len(ids), splittable=True)
 
-    def _complain(self) -> None:
+    def complain(self) -> None:
+        """Raises ValueError when too many conversations were dropped."""
         dropped = sum(self.dropped.values())
         if dropped > MOST_DROPPED * max(1, self.rows):
             reasons = ", ".join(f"{n:,} because {why}" for why, n in self.dropped.most_common())
             raise ValueError(
-                f"{dropped:,} of {self.rows:,} conversations of {self.name} cannot be rendered with "
-                f"a loss mask: {reasons}; check the target's chat template with view=true"
+                f"{dropped:,} of {self.rows:,} conversations of {self.name} cannot be rendered "
+                f"with a loss mask: {reasons}; check the target's chat template with view=true"
             )
 
 
-def is_validation(row: Row) -> bool:
+def is_validation(row: Row | Sample) -> bool:
     """Whether a row measures; independent of `heldout`, which keeps whole prompts for the bench."""
-    said = row.get("text") or row.get("prompt") or prompt_of(row)
+    if "answer_ids" in row:
+        said = cast(Sample, row)["prompt"]
+    else:
+        said = row["text"] if "text" in row else prompt_of(cast(Row, row))
     key = prompt_key("validation:" + said)
     return int(key[:8], 16) % VALIDATION == 0

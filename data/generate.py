@@ -4,7 +4,6 @@ Shards of JSON lines, each written whole; a shard that is there is not made agai
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -13,10 +12,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.chat import Message, prompt_ids, require_template, template_hash
+from data.chat import prompt_ids, require_template, template_hash
 from data.language import Gate, language_of
 from data.repetition import is_repetitive
-from data.sources import Row, Source, heldout, prompt_key, prompt_of
+from data.rows import Message, Row, Sample
+from data.sources import Source, heldout, prompt_key, prompt_of
 from decoding.loop import decode
 from decoding.sampling import Sampling
 from decoding.target import Pretrained, Target
@@ -63,7 +63,7 @@ class Generate:
         self.batch_size, self.shard_size, self.seed = batch_size, shard_size, seed
 
     def run(self, out: Path, *, target: Path | None = None) -> dict[str, float]:
-        """Writes artifact/shard-*.jsonl and data.json (counts, template and tokenizer of origin)."""
+        """Writes artifact/shard-*.jsonl and data.json (counts and the template of origin)."""
         tokenizer = self.target.tokenizer(target)
         require_template(tokenizer, self.target.path or "the target")
         gate = Gate(self.prompts.language, of="prompt")
@@ -91,7 +91,9 @@ class Generate:
         seen = set()
         for row in gate(self.prompts.rows(), self.prompts.name):
             if "messages" not in row:
-                raise ValueError(f"{self.prompts.name} gives text, expected prompts: set its prompt")
+                raise ValueError(
+                    f"{self.prompts.name} gives text, expected prompts: set its prompt"
+                )
             key = prompt_key(prompt_of(row))
             if key not in seen and not heldout(prompt_of(row)):
                 seen.add(key)
@@ -162,7 +164,7 @@ class Generate:
                     counts["tokens"] += sum(len(s["answer_ids"]) for s in talk.samples)
                     row = talk.row() | {"seed": self.seed} | origin
                     stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(part, file)
+        part.replace(file)
         write_json(file.with_suffix(".counts.json"), dict(counts))
 
     def _finish(self, folder: Path, total: Counter[str], tokenizer: Any) -> dict[str, float]:
@@ -177,7 +179,11 @@ class Generate:
         note = {"rows": total["kept"], "tokens": tokens, "counts": dict(total)}
         write_json(folder / "data.json", note | {"template": template_hash(tokenizer)})
         everything = sum(total.values())
-        return {"answers": total["kept"], "tokens": tokens, "kept_share": total["kept"] / everything}
+        return {
+            "answers": total["kept"],
+            "tokens": tokens,
+            "kept_share": total["kept"] / everything,
+        }
 
 
 class _Talk:
@@ -213,7 +219,7 @@ class _Talk:
             self.turns.append({"role": "assistant", "content": text})
             self.samples.append({"prompt_ids": self.ids, "answer_ids": ids})
 
-    def row(self) -> Row:
+    def row(self) -> dict[str, Any]:
         answer = next(m["content"] for m in reversed(self.turns) if m["role"] == "assistant")
         return {
             "prompt": self.prompt,
@@ -224,10 +230,14 @@ class _Talk:
         }
 
 
-def read(folder: Path) -> Iterator[Row]:
+def read(folder: Path) -> Iterator[Sample]:
     """Every answered turn of a generate stage's artifact: prompt, prompt_ids, answer_ids."""
     for file in sorted(folder.glob("shard-*.jsonl")):
         with file.open(encoding="utf-8") as stream:
             for row in map(json.loads, stream):
-                for sample in row["samples"]:
-                    yield {"prompt": row["prompt"], **sample}
+                for s in row["samples"]:
+                    yield Sample(
+                        prompt=row["prompt"],
+                        prompt_ids=s["prompt_ids"],
+                        answer_ids=s["answer_ids"],
+                    )

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,9 @@ def write(folder: Path, documents: Iterable[Document], length: int, most: int) -
     Raises ValueError when nothing could be packed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    packer, full, shards, written = Packer(length), [], [], 0
+    packer, written = Packer(length), 0
+    full: list[_Bin] = []
+    shards: list[dict[str, Any]] = []
 
     def flush() -> None:
         shards.append(_write_shard(folder, len(shards), full, length))
@@ -139,7 +142,7 @@ class Packed:
         return int(self._first[-1])
 
     def batch(self, rows: list[int]) -> Batch:
-        """Sequences `rows` as a Batch on the CPU. Padding is unsupervised, a document of its own."""
+        """Sequences `rows` as a Batch on the CPU; padding is unsupervised, its own document."""
         parts = [self._read(row) for row in rows]
         ids, mask, doc = (torch.stack([p[k] for p in parts]) for k in range(3))
         return Batch(ids.long(), mask.bool(), doc.long())
@@ -152,7 +155,7 @@ class Packed:
         return ids, mask, doc
 
 
-def _write_shard(folder: Path, number: int, bins: list[_Bin], length: int) -> dict[str, object]:
+def _write_shard(folder: Path, number: int, bins: list[_Bin], length: int) -> dict[str, Any]:
     n = len(bins)
     ids = torch.zeros(n, length, dtype=torch.int32)
     mask = torch.zeros(n, length, dtype=torch.uint8)

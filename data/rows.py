@@ -22,6 +22,14 @@ class Row(TypedDict, total=False):
     id: str
 
 
+class Sample(TypedDict):
+    """One turn that the target answered, by its exact ids."""
+
+    prompt: str
+    prompt_ids: list[int]
+    answer_ids: list[int]
+
+
 class Shape:
     """Brings a record (column -> value) into a Row, by one of three templates.
 

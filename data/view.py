@@ -5,14 +5,14 @@ from itertools import islice
 from typing import Any
 
 from data.documents import Documents
-from data.sources import Row
+from data.rows import Row, Sample
 
 SHOWN, COUNTED = 3, 500  # documents printed, and documents behind the printed shares
 MOST = 160  # tokens printed of each
 GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 
 
-def examples(rows: Iterable[Row], tokenizer: Any, name: str, colour: bool) -> str:
+def examples(rows: Iterable[Row | Sample], tokenizer: Any, name: str, colour: bool) -> str:
     """A few documents, the share of tokens supervised, and tokens per character.
 
     Without colour, supervised spans stand between ⟦ and ⟧.
@@ -39,7 +39,8 @@ def examples(rows: Iterable[Row], tokenizer: Any, name: str, colour: bool) -> st
 
 def _coloured(tokenizer: Any, pairs: list[tuple[int, bool]], colour: bool) -> str:
     """Runs of tokens alike decoded together, so that characters of several tokens stay whole."""
-    text, run, marked = "", [], pairs[0][1]
+    text, marked = "", pairs[0][1]
+    run: list[int] = []
     on, off = (GREEN, GREY) if colour else ("⟦", "")
     end = PLAIN if colour else "⟧"
     for token, supervised in [*pairs, (-1, not pairs[-1][1])]:

@@ -53,7 +53,7 @@ class Cache:
         return store_k[:, :, : self._width], store_v[:, :, : self._width]
 
     def mask(self, allowed_BMM: Tensor) -> Tensor:
-        """Boolean [B, 1, M, W]: the committed slots, and among the pass's own what `allowed` says."""
+        """Boolean [B, 1, M, W]: committed slots, and among the pass's own what `allowed` says."""
         B, M, _ = allowed_BMM.shape
         device = allowed_BMM.device
         if self._write is None:

@@ -132,7 +132,7 @@ def _emit(
     ends: frozenset[int],
     limit: int,
 ) -> list[int]:
-    """Adds each row's new ids to its answer, cut at an end id or the limit; returns rows that go on.
+    """Adds each row's new ids to its answer, cut at an end id or the limit; returns who goes on.
 
     Cutting after acceptance is exact: prefixes of exact samples are exact.
     """

@@ -45,7 +45,7 @@ class Sampling:
         return self.temperature == 0
 
     def law(self, logits: Tensor) -> Tensor:
-        """The probabilities (fp32, same shape) that a token is sampled from; needs temperature > 0."""
+        """The law (fp32, same shape) that a token is sampled from; needs temperature > 0."""
         scores = logits.float() / self.temperature
         if self.top_k and self.top_k < scores.shape[-1]:
             floor = scores.topk(self.top_k, dim=-1).values[..., -1:]

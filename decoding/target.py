@@ -135,7 +135,7 @@ class Target(nn.Module):
             mask = cache.mask(tril.expand(B, -1, -1))
             out = self._states(ids_BS[:, :-1], positions, mask, cache, self.taps)
             hidden_BSD[:, 1:] = out.hidden_BTD
-            if taps_BSLD is not None:
+            if taps_BSLD is not None and out.taps_BTLD is not None:
                 taps_BSLD[:, 1:] = out.taps_BTLD
             cache.length = [c - 1 for c in count]
         return Seen(ids_BS, list(count), list(count), hidden_BSD, taps_BSLD)
@@ -213,7 +213,7 @@ class Pretrained:
     path: str | None = None
     revision: str | None = None
     dtype: str = "bfloat16"
-    shape: dict[str, int] | None = None
+    shape: dict[str, Any] | None = None
     chat_template: str | None = None
 
     def __post_init__(self) -> None:
@@ -251,9 +251,7 @@ class Pretrained:
 
         place = str(folder or self.path)
         revision = None if folder else self.revision
-        tokenizer = AutoTokenizer.from_pretrained(
-            place, revision=revision, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
         if self.chat_template:
             tokenizer.chat_template = self.chat_template
         return tokenizer
@@ -277,8 +275,10 @@ def contents_hash(path: str | Path) -> str:
 
 def _is_hub_id(path: str) -> bool:
     """`owner/name` or `name`, and no such folder here."""
-    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)) and path[0] not in "./~" and not (
-        Path(path).is_dir()
+    return (
+        bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path))
+        and path[0] not in "./~"
+        and not (Path(path).is_dir())
     )
 
 

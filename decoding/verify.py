@@ -56,7 +56,14 @@ class OneHot(Rule):
     lossless = True
     laws = frozenset({"one_hot"})
 
-    def _verify(self, logits_BMV, draft, sampling, requests, starts) -> Verdict:
+    def _verify(
+        self,
+        logits_BMV: Tensor,
+        draft: Draft,
+        sampling: Sampling,
+        requests: list[int],
+        starts: list[int],
+    ) -> Verdict:
         if sampling.greedy:
             choice_BM = logits_BMV.argmax(-1)
         else:
@@ -73,7 +80,14 @@ class Chain(Rule):
     lossless = True
     laws = frozenset({"iid"})
 
-    def _verify(self, logits_BMV, draft, sampling, requests, starts) -> Verdict:
+    def _verify(
+        self,
+        logits_BMV: Tensor,
+        draft: Draft,
+        sampling: Sampling,
+        requests: list[int],
+        starts: list[int],
+    ) -> Verdict:
         p_BMV, q_BNV, N = _laws(logits_BMV, draft, sampling)
         u_BN = sampling.uniforms(Purpose.ACCEPT, requests, starts, N).to(p_BMV.device)
         px_BN, qx_BN = _chosen(p_BMV, draft), _chosen(q_BNV, draft)
@@ -95,7 +109,14 @@ class Block(Rule):
     lossless = True
     laws = frozenset({"iid"})
 
-    def _verify(self, logits_BMV, draft, sampling, requests, starts) -> Verdict:
+    def _verify(
+        self,
+        logits_BMV: Tensor,
+        draft: Draft,
+        sampling: Sampling,
+        requests: list[int],
+        starts: list[int],
+    ) -> Verdict:
         p_BMV, q_BNV, N = _laws(logits_BMV, draft, sampling)
         B = p_BMV.shape[0]
         ratio_BN = _chosen(p_BMV, draft) / _chosen(q_BNV, draft)
@@ -141,7 +162,8 @@ def _walk(choice_BM: list[list[int]], draft: Draft) -> Verdict:
 
 
 def _laws(logits_BMV: Tensor, draft: Draft, sampling: Sampling) -> tuple[Tensor, Tensor, int]:
-    assert draft.q_BMV is not None and draft.is_chain, "sampled drafts carry q and are chains"
+    assert draft.q_BMV is not None, "sampled drafts carry q"
+    assert draft.is_chain, "these rules verify chains"
     N = draft.ids_BN.shape[1]
     return sampling.law(logits_BMV), draft.q_BMV[:, :N], N
 

@@ -5,12 +5,11 @@ Shapes: B batch, T tokens, S newly committed tokens, N drafted nodes, V vocabula
 
 import importlib
 import json
-import os
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from decoding.sampling import Sampling
 from decoding.target import Shape, Target, TargetOut
 
 _HERE = Path(__file__).parent
+M = TypeVar("M", bound=nn.Module)
 Metrics = dict[str, Tensor]
 """Sums over the supervised tokens of a batch, detached; the loop divides by `tokens`."""
 
@@ -69,7 +69,7 @@ class Blueprint:
     arguments: dict[str, Any]
 
     def __call__(self, shape: Shape) -> "Drafter":
-        return self.cls(shape, **self.arguments)  # type: ignore[call-arg]
+        return self.cls(shape, **self.arguments)
 
 
 class Drafter(nn.Module, ABC):
@@ -112,7 +112,7 @@ class Trained(Drafter):
 
     @abstractmethod
     def read(self, folder: Path) -> None:
-        """Fills the parameters from what `save` wrote; anything missing or unexpected is an error."""
+        """Fills the parameters from what `save` wrote; a missing or unexpected one is an error."""
 
 
 def save(drafter: Trained, folder: Path, arguments: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ def load(folder: Path, shape: Shape) -> Trained:
     return drafter.eval()
 
 
-def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast(module: M, dtype: torch.dtype) -> M:
     """Changes the parameters' dtype in place, and only theirs: a rounded rotary-frequency buffer
     would be another position code."""
     for parameter in module.parameters():
@@ -152,4 +152,4 @@ def write_json(path: Path, value: Any) -> None:
     """Writes whole or not at all."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    part.replace(path)

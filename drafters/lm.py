@@ -111,7 +111,9 @@ class LM(Trained):
     ) -> LMState:
         longest = self.model.config.max_position_embeddings
         if max_len > longest:
-            raise ValueError(f"requests of {max_len} tokens exceed the drafter's {longest} positions")
+            raise ValueError(
+                f"requests of {max_len} tokens exceed the drafter's {longest} positions"
+            )
         layers = self.model.config.num_hidden_layers
         own = Cache(layers, len(requests), max_len + self.draft_length + 2)
         return LMState(own, sampling, list(requests))
@@ -135,8 +137,8 @@ class LM(Trained):
             logits_BV = self._step(guesses.ids[-1][:, None], [1] * rows, state.cache)
         state.fed = len(guesses.ids) - 1
         q_BMV = torch.stack(guesses.laws, dim=1) if sampled else None
-        law = "iid" if sampled else "one_hot"
-        return Draft.chain(torch.stack(guesses.ids, dim=1), guesses.size, law, q_BMV)
+        ids_BN = torch.stack(guesses.ids, dim=1)
+        return Draft.chain(ids_BN, guesses.size, "iid" if sampled else "one_hot", q_BMV)
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
@@ -144,9 +146,10 @@ class LM(Trained):
     def read(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM
 
-        saved, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", output_loading_info=True, local_files_only=True
         )
+        saved, report = loaded
         wrong = [key for keys in report.values() for key in keys]
         if wrong:
             raise ValueError(f"{folder} does not fit the drafter: {', '.join(map(str, wrong[:5]))}")
@@ -201,14 +204,15 @@ class LM(Trained):
             new = [c - min(c - 1, state.fed) for c in seen.count]
             state.cache.length = [n - k for n, k in zip(seen.length, new, strict=True)]
         longest = max(new)
-        index = torch.tensor(
-            [[min(c - k + s, c - 1) for s in range(longest)] for c, k in zip(seen.count, new)],
-            device=seen.ids_BS.device,
-        )
+        unread = [
+            [min(c - k + s, c - 1) for s in range(longest)]
+            for c, k in zip(seen.count, new, strict=True)
+        ]
+        index = torch.tensor(unread, device=seen.ids_BS.device)
         return self._step(seen.ids_BS.gather(1, index), new, state.cache)
 
     def _step(self, ids_BS: Tensor, new: list[int], cache: Cache) -> Tensor:
-        """Reads `new[b]` tokens of each row and returns the logits after the last of them, [B, V]."""
+        """Reads `new[b]` tokens of each row; returns the logits after the last of them, [B, V]."""
         B, S = ids_BS.shape
         device = ids_BS.device
         cache.open(S, device)

@@ -38,7 +38,8 @@ class Ngram(Drafter):
         super().__init__()
         if longest < 1 or draft_length < 1:
             raise ValueError(
-                f"ngram has longest {longest} and draft_length {draft_length}; both must be at least 1"
+                f"ngram has longest {longest} and draft_length {draft_length}; "
+                "each must be at least 1"
             )
         self.longest, self.draft_length = longest, draft_length
 

@@ -103,7 +103,8 @@ class Bench:
         ours.stop_below = self.stop_below  # type: ignore[assignment]
         tried = self._choose_length(model, ours, trial)
         arms: dict[str, Drafter | None] = {"autoregressive": None, "drafter": ours}
-        runs = self._measure(model, arms | self.baselines, prompts)
+        arms.update(self.baselines)
+        runs = self._measure(model, arms, prompts)
         conditions = self._conditions(model, ours, why, tried, prompts, origin)
         report = summarise(runs, conditions, found)
         write_report(out / "artifact", report, runs)

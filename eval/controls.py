@@ -18,7 +18,7 @@ class Failed(Exception):
 def run(
     target: Target, drafter: Drafter, prompts: list[list[int]], tokens: int, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """name -> {passed, found}, on a few prompts of up to `tokens` new tokens. Needs an fp32 target."""
+    """name -> {passed, found}, on a few prompts of up to `tokens` new tokens, target in fp32."""
     plain = decode(target, None, prompts, sampling=Sampling(), max_new_tokens=tokens)
     twin = LM.around(target.model, draft_length=4)
     accepted = []

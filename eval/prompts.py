@@ -53,8 +53,8 @@ def collect(
                 break
     if not prompts:
         raise ValueError(
-            f"no prompt is left to measure on: {leaked:,} were trained on, {long:,} are longer than "
-            f"{most_tokens:,} tokens; give bench prompts of its own"
+            f"no prompt is left to measure on: {leaked:,} were trained on, {long:,} are longer "
+            f"than {most_tokens:,} tokens; give bench prompts of its own"
         )
     return prompts, (
         f"{len(prompts):,} prompts; {leaked:,} left out because the drafter was trained on them, "

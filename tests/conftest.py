@@ -15,14 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def tiny_model(
     *,
-    vocab: int = 48,
+    vocab: int = 64,
     width: int = 32,
     layers: int = 2,
     heads: int = 4,
     kv_heads: int | None = None,
     tied: bool = True,
     seed: int = 0,
-    spread: float = 0.3,
+    spread: float = 0.6,
     max_positions: int = 512,
     dtype: torch.dtype = torch.float64,
 ) -> Any:
@@ -62,7 +62,7 @@ def sharpen(module: nn.Module, factor: float) -> nn.Module:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
-    """Tiny tensors gain nothing from threads, and results should not depend on how many there are."""
+    """Tiny tensors gain nothing from threads, and no result should depend on their number."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -74,5 +74,5 @@ def shared() -> Path:
     """The folder of trained models and text that some machines have."""
     folder = ROOT / os.environ.get("DRAFTSMITH_SHARED", "../shared")
     if not (folder / "models").is_dir():
-        pytest.skip(f"no models in {folder.resolve()}; set DRAFTSMITH_SHARED to a folder that has them")
+        pytest.skip(f"no models in {folder.resolve()}; set DRAFTSMITH_SHARED to where they are")
     return folder.resolve()

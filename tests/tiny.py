@@ -5,25 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-WORDS = [
-    "der",
-    "Hund",
-    "sieht",
-    "eine",
-    "Katze",
-    "und",
-    "sie",
-    "trinkt",
-    "kalte",
-    "Milch",
-    "am",
-    "Abend",
-    "im",
-    "Garten",
-    "bei",
-    "dem",
-    "Haus",
-]
+WORDS = ["Hund", "sieht", "eine", "Katze", "trinkt", "Milch", "am", "Abend", "im", "Garten", "Haus"]
 
 
 def sentence(rng: random.Random) -> str:

@@ -86,7 +86,9 @@ def _explain(error: Exception, words: list[str]) -> str:
     missing = re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", text)
     if missing:
         group, name = missing.groups()
-        valid = sorted(p.stem for p in (RECIPES if group == "recipe" else CONF / group).glob("*.yaml"))
+        valid = sorted(
+            p.stem for p in (RECIPES if group == "recipe" else CONF / group).glob("*.yaml")
+        )
         near = difflib.get_close_matches(name, valid, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         return f"there is no {group} {name!r}{hint} There are: {', '.join(valid)}"
@@ -127,10 +129,11 @@ def _task(config: DictConfig) -> float | None:
     except OmegaConfBaseException as error:
         _stop(_one_line(error))
     assert isinstance(plain, dict)
+    settings = {str(key): value for key, value in plain.items()}
     from hydra.core.hydra_config import HydraConfig
 
     name = HydraConfig.get().runtime.choices["recipe"]
-    code, value = run_recipe(name, plain)
+    code, value = run_recipe(name, settings)
     if code:
         sys.exit(code)
     return value

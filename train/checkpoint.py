@@ -30,7 +30,7 @@ def save(folder: Path, step: int, state: dict[str, Tensor], position: dict[str, 
     write_json(part / "manifest.json", {"files": files})
     _flush(part / "manifest.json")
     shutil.rmtree(final, ignore_errors=True)
-    os.replace(part, final)
+    part.replace(final)
     _flush(folder)
     if fault(final) is None:
         for old in [p for p in _steps(folder) if p.name < final.name][:-1]:
@@ -40,7 +40,7 @@ def save(folder: Path, step: int, state: dict[str, Tensor], position: dict[str, 
 
 def newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]] | None:
     """The newest checkpoint that verifies: its state, its position and which were skipped, why."""
-    skipped = []
+    skipped: list[str] = []
     for path in reversed(_steps(folder)):
         why = fault(path)
         if why is None:

@@ -25,7 +25,9 @@ ENVIRONMENT = {"DRAFTSMITH_SHARED": "../shared"}  # what a configuration may rea
 
 def resolvers() -> None:
     """Leaves configurations one resolver, `${env:NAME}`, for a short list of names."""
-    OmegaConf.clear_resolvers()
+    OmegaConf.clear_resolvers()  # which leaves OmegaConf's own, oc.env among them
+    for name in ("create", "decode", "deprecated", "dict.keys", "dict.values", "env", "select"):
+        OmegaConf.clear_resolver(f"oc.{name}")
     OmegaConf.register_new_resolver("env", _environment)
 
 
@@ -129,7 +131,7 @@ def _arguments(cls: type) -> dict[str, inspect.Parameter]:
 
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls.__init__)
+    return typing.get_type_hints(inspect.getattr_static(cls, "__init__"))
 
 
 def _waits(cls: type) -> bool:
@@ -183,4 +185,6 @@ def _name(hint: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    return str(value["_target_"]) if isinstance(value, dict) and "_target_" in value else repr(value)
+    return (
+        str(value["_target_"]) if isinstance(value, dict) and "_target_" in value else repr(value)
+    )

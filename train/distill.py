@@ -21,7 +21,8 @@ from data.documents import Documents, is_validation
 from data.generate import read
 from data.language import Gate
 from data.pack import Packed
-from data.sources import Row, Source, heldout, prompt_of
+from data.rows import Row, Sample
+from data.sources import Source, heldout, prompt_of
 from decoding.target import Pretrained, Shape
 from drafters.base import Batch, Blueprint, Metrics, Trained, save
 from train import checkpoint
@@ -79,8 +80,8 @@ class Schedule:
         if min(self.tokens, self.batch_tokens, self.sequence_length, self.micro_batch) < 1:
             raise ValueError(
                 f"schedule has tokens {self.tokens}, batch_tokens {self.batch_tokens}, "
-                f"sequence_length {self.sequence_length}, micro_batch {self.micro_batch}; each must "
-                "be at least 1"
+                f"sequence_length {self.sequence_length}, micro_batch {self.micro_batch}; each "
+                "must be at least 1"
             )
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"schedule.dtype is {self.dtype!r}; it must be bfloat16 or float32")
@@ -178,7 +179,7 @@ class Distill:
         return module
 
 
-def rows_of(source: Source | None, generated: Path | None) -> tuple[Iterable[Row], str]:
+def rows_of(source: Source | None, generated: Path | None) -> tuple[Iterable[Row | Sample], str]:
     """The rows to train on, of a language-checked source or of a generate stage, and their name."""
     if (source is None) == (generated is None):
         raise ValueError(
@@ -193,13 +194,17 @@ def rows_of(source: Source | None, generated: Path | None) -> tuple[Iterable[Row
 
 def _gated(source: Source) -> Iterator[Row]:
     gate = Gate(source.language, of="all")
-    for row in gate(source.rows()):
-        if "messages" not in row or not heldout(prompt_of(row)):
-            yield row
-    print(f"{source.name}: {gate.summary()}", flush=True)
+    try:
+        for row in gate(source.rows(), source.name):
+            if "messages" not in row or not heldout(prompt_of(row)):
+                yield row
+    finally:  # also when the reader has enough before the source ends
+        print(f"{source.name}: {gate.summary()}", flush=True)
 
 
-def prepare(out: Path, rows: Iterable[Row], documents: Documents, schedule: Schedule) -> None:
+def prepare(
+    out: Path, rows: Iterable[Row | Sample], documents: Documents, schedule: Schedule
+) -> None:
     """Packs training and validation data into out/packed, once, and prints what it found."""
     folder = out / "packed"
     if (folder / "train" / "packed.json").is_file():
@@ -209,11 +214,12 @@ def prepare(out: Path, rows: Iterable[Row], documents: Documents, schedule: Sche
     shutil.rmtree(part, ignore_errors=True)
     most = schedule.tokens // schedule.sequence_length
     bar = tqdm(rows, unit="row", desc="tokenise and pack", mininterval=2)
-    kept: list[Row] = []
+    kept: list[Row | Sample] = []
     train = pack.write(
         part / "train", documents(_aside(bar, kept), False), schedule.sequence_length, most
     )
     bar.close()
+    documents.complain()  # also where the source was not read to its end
     held = Documents(documents.tokenizer, documents.name)
     try:
         pack.write(
@@ -228,12 +234,12 @@ def prepare(out: Path, rows: Iterable[Row], documents: Documents, schedule: Sche
         f"{train.length} ({documents.tokens / positions:.0%} filled, "
         f"{documents.supervised / max(1, documents.tokens):.0%} supervised"
         f"{f', {train.too_long:,} dropped as too long' if train.too_long else ''}); "
-        f"{schedule.steps * schedule.batch_tokens / positions:.2f} epochs in {schedule.steps} steps",
+        f"{schedule.steps * schedule.batch_tokens / positions:.2f} epochs, {schedule.steps} steps",
         flush=True,
     )
 
 
-def _aside(rows: Iterable[Row], kept: list[Row]) -> Iterator[Row]:
+def _aside(rows: Iterable[Row | Sample], kept: list[Row | Sample]) -> Iterator[Row | Sample]:
     """Passes rows on, remembering those that validation will want."""
     for row in rows:
         if len(kept) < 2000 and is_validation(row):
@@ -313,7 +319,9 @@ class Loop:
         rows = self.order(step)
         supervised = int(self.train.supervised[rows].sum())
         if not supervised:
-            raise ValueError(f"step {step + 1} has no supervised token: look at the data (view=true)")
+            raise ValueError(
+                f"step {step + 1} has no supervised token: look at the data (view=true)"
+            )
         shares = [rows[i : i + micro] for i in range(0, len(rows), micro)]
         mine = shares[self.rank :: self.world]
         sums: dict[str, float] = {}
@@ -353,9 +361,7 @@ class Loop:
         sums: dict[str, float] = {}
         engine.module.eval()
         for row in range(len(self.validation)):
-            loss, metrics = step_fn(
-                engine.module, _to_device(self.validation.batch([row]), engine)
-            )
+            loss, metrics = step_fn(engine.module, _to_device(self.validation.batch([row]), engine))
             _add(sums, {"loss": loss.detach(), **metrics})
         found = {f"validation_{k}": v for k, v in _means(sums).items()}
         self.tracker.log(step, **found)

@@ -27,7 +27,7 @@ def join() -> tuple[int, int]:
     # the shared-memory operator needs a compiler and 20 s at first use; gloo does its work
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
-        rank, world = ranks()
+        _, world = ranks()
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         if world == 1:
             os.environ.update(alone)
@@ -40,7 +40,7 @@ def join() -> tuple[int, int]:
 
 
 def quiet() -> None:
-    """DeepSpeed tells every rank's every step of set-up; only warnings and worse are let through."""
+    """DeepSpeed tells every rank's every step of set-up; only errors are let through."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
 

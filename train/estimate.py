@@ -44,9 +44,10 @@ def shape_of_target(spec: dict[str, Any], stages: list[Planned]) -> Shape | None
     for stage in stages:
         if stage.config["_target_"] == "train.base.BaseTarget":
             width = stage.config["width"]
-            known = {"hidden_size": width, "heads": width // 64, "kv_heads": width // 64}
             return Shape(
-                **known,
+                hidden_size=width,
+                heads=width // 64,
+                kv_heads=width // 64,
                 vocab_size=stage.config["vocab_size"],
                 layers=stage.config["layers"],
                 intermediate_size=-(-8 * width // 192) * 64,

@@ -19,6 +19,7 @@ from drafters.base import Metrics, Prediction
 CHUNK_ELEMENTS = 2**23  # logits of one chunk: 32 MiB in fp32
 
 Sums = dict[str, Tensor]
+Judge = Callable[[Tensor, slice], tuple[Tensor, Sums]]
 
 
 class Loss(ABC):
@@ -112,7 +113,7 @@ class LambdaHybrid(Loss):
     def __init__(self, *, eta: float = 3.0, decay: float = 0.8) -> None:
         if eta < 0 or not 0 < decay <= 1:
             raise ValueError(
-                f"objective has eta {eta} and decay {decay}; eta must be 0 or above, decay in (0, 1]"
+                f"objective has eta {eta} and decay {decay}; eta must be >= 0, decay in (0, 1]"
             )
         self.eta, self.decay = eta, decay
 
@@ -146,11 +147,11 @@ def chunked(
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, judge, sums):  # type: ignore[override]
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, judge: Judge, sums: Sums) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         need = ctx.needs_input_grad[0]
-        grad_hidden = torch.zeros_like(hidden_ND) if need else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if need else None
+        grad_hidden = torch.zeros_like(hidden_ND if need else total)
+        grad_weight = torch.zeros_like(weight_VD if need else total, dtype=torch.float32)
         for at in _slices(hidden_ND.shape[0], weight_VD.shape[0]):
             with torch.set_grad_enabled(need):
                 h = hidden_ND[at].detach().requires_grad_(need)
@@ -169,7 +170,7 @@ class _Chunked(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad_out):  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad_out, grad_weight * grad_out, None, None
 
@@ -200,7 +201,7 @@ def _mean_alpha(prediction: Prediction, target: Target | None) -> Tensor:
 
 @torch.no_grad()
 def _measure(log_q_CV: Tensor, log_p_CV: Tensor | None, labels_C: Tensor) -> Sums:
-    """Sums over the chunk: tokens, ce, top-1 hits of the data; with a target alpha and agreement."""
+    """Sums over the chunk: tokens, ce, top-1 hits; with a target also alpha and agreement."""
     guess_C = log_q_CV.argmax(-1)
     sums = {
         "tokens": torch.tensor(float(len(labels_C)), device=labels_C.device),

@@ -39,9 +39,7 @@ class Planned:
 
 def plan(config: dict[str, Any], root: Path) -> list[Planned]:
     """The recipe's stages in an order that respects `needs`. Raises ValueError on a bad recipe."""
-    stages = {k: dict(v) for k, v in (config.get("stages") or {}).items() if v is not None}
-    if not stages:
-        raise ValueError("the recipe has no stages; choose one with recipe=..., see --help")
+    stages = _stages(config.get("stages") or {})
     if config["target"].get("path"):
         _drop_target_stage(stages)
     needs = {name: _needs(name, stage) for name, stage in stages.items()}
@@ -52,6 +50,7 @@ def plan(config: dict[str, Any], root: Path) -> list[Planned]:
             raise ValueError(f"the stage name {name!r} cannot be a folder's name")
         bind(body, f"stages.{name}")
         _check_inputs(name, body, needs[name], config)
+        build(body)  # its own checks, before anything starts
         known = {argument: planned[source] for argument, source in needs[name].items()}
         mark = fingerprint(body, {a: p.fingerprint for a, p in known.items()})
         folder = root / "stages" / f"{name}-{mark}"
@@ -114,10 +113,23 @@ def _source(file: Path) -> str:
     tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
-                body[0].value.value = ""
+        first = body[0] if isinstance(body, list) and body else None
+        said = first.value if isinstance(first, ast.Expr) else None
+        if isinstance(said, ast.Constant) and isinstance(said.value, str):
+            said.value = ""
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def _stages(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The stages that are not null; one that only has settings was misspelt."""
+    stages = {name: stage for name, stage in given.items() if stage is not None}
+    whole = {n: dict(s) for n, s in stages.items() if isinstance(s, dict) and "_target_" in s}
+    for name in stages:
+        if name not in whole:
+            raise ValueError(unknown(f"stages.{name}", name, whole))
+    if not stages:
+        raise ValueError("the recipe has no stages; choose one with recipe=..., see --help")
+    return whole
 
 
 def _drop_target_stage(stages: dict[str, dict[str, Any]]) -> None:
@@ -166,9 +178,9 @@ def _check_inputs(
         if argument not in accepted:
             raise ValueError(unknown(f"stages.{name}.needs.{argument}", argument, accepted))
     for argument, parameter in inspect.signature(run).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
-            if argument not in needs:
-                raise ValueError(f"stages.{name}.needs.{argument} is missing: name the stage")
+        required = parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
+        if required and argument not in needs:
+            raise ValueError(f"stages.{name}.needs.{argument} is missing: name the stage")
     if "target" in accepted and "target" not in needs and not config["target"].get("path"):
         raise ValueError(
             f"stages.{name} has no target: set target.path to a folder or Hub id, or let a stage "

@@ -1,4 +1,4 @@
-"""Where the numbers go: JSONL always, wandb if asked, and never an end to training for telemetry."""
+"""Where the numbers go: JSONL always, wandb if asked; telemetry never ends a training run."""
 
 import json
 import os

@@ -80,7 +80,7 @@ class TableTarget(Target):
 
 
 class TableLM(LM):
-    """The family lm with a lookup table in place of its model: propose and draws are the real ones."""
+    """The family lm with a lookup table for a model: `propose` and its draws are the real ones."""
 
     def __init__(self, table_VV: Tensor, **drafting: Any) -> None:
         nn.Module.__init__(self)
@@ -197,7 +197,7 @@ class SamePosition(Sampling):
 
 
 class KeyedByPosition(Sampling):
-    """Keys accept and draft numbers by absolute position, so that a later round meets them again."""
+    """Keys accept and draft numbers by absolute position: a later round meets them again."""
 
     def uniforms(self, purpose, requests, starts, n) -> Tensor:
         places = np.array(starts)[:, None] + np.arange(n)[None, :]
@@ -227,7 +227,7 @@ class Chosen(Sampling):
 
 @dataclass
 class _Branches:
-    """Rows of the enumeration: context, chosen uniforms and the probability of each choice so far."""
+    """Rows of the enumeration: context, chosen uniforms, probability of the choices so far."""
 
     context: Tensor
     uniforms: list[Tensor]
@@ -431,10 +431,10 @@ def p_value(
     *,
     rule: Rule | None = None,
     length: int = 4,
-    n: int = 24_000,
-    batch: int = 3_000,
+    n: int = 12_000,
+    batch: int = 2_000,
 ) -> float:
-    """G-test of the first `length` tokens of n requests against `exact_law`, all prompts together."""
+    """G-test of the first `length` tokens of n requests, all prompts together, on `exact_law`."""
     laws = [exact_law(target, prompt, length, sampling) for prompt in prompts]
     counts: list[dict[Block_, int]] = [{} for _ in prompts]
     for begin in range(0, n, batch):

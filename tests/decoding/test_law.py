@@ -97,15 +97,15 @@ def test_exact(rule, drafting, sampling):
 @pytest.mark.parametrize(
     ("rule", "family", "drafting", "at_least"),
     [
-        (ResamplesFromP(), TableLM, {}, 0.03),
+        (ResamplesFromP(), TableLM, {}, 0.05),
         (SoftmaxOfResidual(), TableLM, {}, 0.1),
-        (BlockForgetsWeight(), TableLM, {}, 1e-3),
-        (Chain(), TableDrawsArgmax, {}, 0.1),
-        (Block(), TableDrawsArgmax, {}, 0.1),
-        (Chain(), TableDrawsCooler, {}, 0.02),
-        (Chain(), TableDrawsTopTwo, {}, 0.05),
-        (Chain(), TableDropsTrigger, {"stop_below": 0.3}, 0.03),
-        (Block(), TableDropsTrigger, {"stop_below": 0.3}, 0.03),
+        (BlockForgetsWeight(), TableLM, {}, 0.002),
+        (Chain(), TableDrawsArgmax, {}, 0.5),
+        (Block(), TableDrawsArgmax, {}, 0.5),
+        (Chain(), TableDrawsCooler, {}, 0.05),
+        (Chain(), TableDrawsTopTwo, {}, 0.3),
+        (Chain(), TableDropsTrigger, {"stop_below": 0.3}, 0.1),
+        (Block(), TableDropsTrigger, {"stop_below": 0.3}, 0.1),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else None,
 )
@@ -115,7 +115,7 @@ def test_wrong_rules_are_far_from_exact(rule, family, drafting, at_least):
 
 @pytest.mark.parametrize("rule", [Chain(), Block()], ids=["chain", "block"])
 def test_thresholds_are_the_papers(rule):
-    """A rule can be exact and still accept too little: its acceptance tests are the published ones."""
+    """A rule can be exact and accept too little: its acceptance tests are the published ones."""
     p_VV, q_VV = tables(V)
     length = 3
     machine = Enumerator(TableTarget(p_VV), TableLM(q_VV, draft_length=length), rule, SAMPLED)
@@ -179,15 +179,15 @@ def test_g_test_sees_what_it_must():
     assert g_test([10, 10, 1], [10.5, 10.5, 0.0]) == 0.0
 
 
-# --- through decode(), with real models and caches -------------------------------------------------
+# --- through decode(), with real models and caches ---------------------------------------------
 
-PROMPTS = [[3], [1, 4, 1, 5], [2, 0, 2, 0, 2, 0, 2]]  # three lengths: ragged caches from the start
+PROMPTS = [[3], [2, 0, 2, 0, 2]]  # two lengths: ragged caches from the start
 TIGHT = 1e-6
 
 
 @pytest.fixture(scope="module")
 def target():
-    return tiny_target(vocab=6, width=32, heads=2, seed=5, spread=0.25)
+    return tiny_target(vocab=6, width=16, heads=2, seed=5, spread=0.35)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def drafter(target):
     def make(family=LM, **drafting):
         with torch.random.fork_rng():
             torch.manual_seed(11)
-            lm = family(target.shape, layers=1, width=64, draft_length=2, **drafting)
+            lm = family(target.shape, **{"width": 64, "draft_length": GAMMA, **drafting})
         return sharpen(lm.double(), 6).eval()
 
     return make
@@ -221,7 +221,7 @@ def test_joint_law(target, drafter, rule, drafting, sampling):
 
 
 def test_joint_law_of_lookups(target):
-    p = p_value(target, Ngram(longest=2, draft_length=3), PROMPTS, SAMPLED, length=5, n=20_000)
+    p = p_value(target, Ngram(longest=2, draft_length=3), PROMPTS, SAMPLED, length=5)
     assert p > TIGHT, f"G-test p {p:.2g}"
 
 
@@ -234,7 +234,6 @@ def test_joint_law_of_plain_decoding(target):
     [
         (ResamplesFromP(), LM, {}),
         (SoftmaxOfResidual(), LM, {}),
-        (BlockForgetsWeight(), LM, {}),
         (Chain(), LMDrawsArgmax, {}),
         (Chain(), LMDrawsCooler, {}),
         (Block(), LMDrawsTopTwo, {}),
@@ -243,12 +242,20 @@ def test_joint_law_of_plain_decoding(target):
     ids=lambda value: value.__name__ if isinstance(value, type) else None,
 )
 def test_wrong_rules_fail(target, drafter, rule, family, drafting):
-    p = p_value(target, drafter(family, **drafting), PROMPTS, SAMPLED, rule=rule)
+    p = p_value(target, drafter(family, **drafting), PROMPTS, SAMPLED, rule=rule, n=8_000)
     assert p < TIGHT, f"a wrong rule passed with G-test p {p:.2g}"
 
 
-@pytest.mark.parametrize("wrong", [SharedPurposes, SamePosition, KeyedByPosition])
-def test_reused_randomness_fails(target, drafter, wrong):
-    """Marginals of single tokens stay right when a number decides twice: only the joint law shows it."""
-    p = p_value(target, drafter(), PROMPTS, wrong(temperature=1.0), rule=Block())
+@pytest.mark.parametrize(
+    ("wrong", "drafting", "size"),
+    [
+        (SharedPurposes, {}, {"n": 8_000}),
+        (SamePosition, {}, {"n": 8_000}),
+        (KeyedByPosition, {"draft_length": 3}, {"n": 36_000, "length": 3}),
+    ],
+)
+def test_reused_randomness_fails(target, drafter, wrong, drafting, size):
+    """Marginals of single tokens stay right when a number decides twice: the joint law shows it."""
+    numbers = wrong(temperature=1.0)
+    p = p_value(target, drafter(**drafting), PROMPTS, numbers, rule=Block(), **size)
     assert p < TIGHT, f"reused numbers passed with G-test p {p:.2g}"

@@ -1,0 +1,32 @@
+# Every target sets up what it needs in .venv; nothing is installed globally.
+PYTHON ?= python3
+PY = .venv/bin/python
+export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
+
+.PHONY: quickstart test check format clean
+
+quickstart: .venv/ready
+	$(PY) -m train recipe=quickstart
+
+test: .venv/ready
+	$(PY) -m pytest
+
+check: .venv/ready
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+format: .venv/ready
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+# torch first and exactly: a looser requirement would pull the newest release and its CUDA packages
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "draftsmith needs Python 3.11 or newer; call make PYTHON=python3.11"'
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -q -c constraints.txt torch==2.13.0
+	.venv/bin/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

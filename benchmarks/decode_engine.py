@@ -1,0 +1,107 @@
+"""Is our decode loop as fast as transformers' own, on the same models, prompts and draft length?
+
+    .venv/bin/python -m benchmarks.decode_engine --target FOLDER --drafter FOLDER --data ko_nli
+
+Plain: our loop without a drafter against `generate`. Speculative: our loop against
+`generate(assistant_model=...)` with a constant draft length and no confidence stop, at temperature
+0. The four are run in turn on every prompt; times per token, with paired intervals over prompts.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from benchmarks.arms import interval, ratio, source
+from decoding.loop import decode
+from decoding.sampling import Sampling
+from decoding.target import DTYPES, Pretrained
+from drafters.base import cast, load, write_json
+from eval.prompts import collect
+from train.compose import resolvers
+from train.worker import environment
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--drafter", required=True, type=Path)
+    parser.add_argument("--data", default="ko_nli", help="a name in conf/data")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--draft-length", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--out", default="benchmarks/results/decode_engine")
+    asked = parser.parse_args()
+    resolvers()
+    spec = Pretrained(path=asked.target, dtype=asked.dtype)
+    target, tokenizer = spec.load(), spec.tokenizer()
+    ours = cast(load(asked.drafter, target.shape), target.dtype)
+    ours.draft_length = asked.draft_length
+    theirs = AutoModelForCausalLM.from_pretrained(asked.drafter, dtype=DTYPES[asked.dtype])
+    theirs.generation_config.num_assistant_tokens = asked.draft_length
+    theirs.generation_config.num_assistant_tokens_schedule = "constant"
+    theirs.generation_config.assistant_confidence_threshold = 0.0
+    prompts, _ = collect(
+        {asked.data: source(asked.data)}, tokenizer, limit=asked.prompts, most_tokens=256,
+        heldout_only=False, trained_on=None,
+    )  # fmt: skip
+
+    def generate(ids: list[int], assistant: object) -> int:
+        inputs = torch.tensor([ids])
+        with torch.inference_mode():
+            out = target.model.generate(
+                inputs, attention_mask=torch.ones_like(inputs), do_sample=False,
+                max_new_tokens=asked.tokens, min_new_tokens=asked.tokens,
+                assistant_model=assistant, pad_token_id=0,
+            )  # fmt: skip
+        return out.shape[1] - len(ids)
+
+    def loop(ids: list[int], drafter: object) -> int:
+        return decode(
+            target, drafter, [ids], sampling=Sampling(), max_new_tokens=asked.tokens,
+            end_ids=frozenset(),
+        ).tokens  # fmt: skip
+
+    arms = {
+        "ours, plain": lambda ids: loop(ids, None),
+        "transformers, plain": lambda ids: generate(ids, None),
+        "ours, speculative": lambda ids: loop(ids, ours),
+        "transformers, speculative": lambda ids: generate(ids, theirs),
+    }
+    seconds = {name: np.zeros(len(prompts)) for name in arms}
+    tokens = {name: np.zeros(len(prompts)) for name in arms}
+    for arm in arms.values():
+        arm(prompts[0].ids)
+    for i, prompt in enumerate(tqdm(prompts, mininterval=5)):
+        for _ in range(asked.repeats):
+            for name, arm in arms.items():
+                begin = time.perf_counter()
+                tokens[name][i] += arm(prompt.ids)
+                seconds[name][i] += time.perf_counter() - begin
+    n = len(prompts)
+    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=10_000)
+    cost = {name: ratio(seconds[name], tokens[name], weights) for name in arms}
+    report = {
+        "milliseconds_per_token": {k: interval(v * 1000) for k, v in cost.items()},
+        "plain: transformers' time / ours": interval(
+            cost["transformers, plain"] / cost["ours, plain"]
+        ),
+        "speculative: transformers' time / ours": interval(
+            cost["transformers, speculative"] / cost["ours, speculative"]
+        ),
+        "conditions": {k: str(v) for k, v in vars(asked).items()},
+        "note": "every answer is run to the full length: end tokens are ignored on both sides",
+    }
+    print(json.dumps(report, indent=1))
+    write_json(Path(f"{asked.out}.json"), report | {"environment": environment()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""A configuration is data: it names classes of this repository, fits them, and runs nothing."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tests.train.composing import command, compose
+from train.compose import ENVIRONMENT, bind, build, find, resolvers
+
+FOREIGN = [
+    "os.system",
+    "subprocess.Popen",
+    "builtins.eval",
+    "builtins.exec",
+    "pathlib.Path",
+    "torch.load",
+    "hydra.utils.instantiate",
+    "train.compose.ROOT",  # not a class
+    "train.compose.find",  # a function
+    "train.launch.subprocess.Popen",  # through a module's own imports
+    "train.launch.subprocess",
+    "train.launch.Path",  # defined elsewhere, imported there
+    "decoding.target.Path",
+    "decoding.target.nn.Module",
+    "data.sources.hashlib",
+    "data.sources.Row",  # a class of ours, but of another module
+    "train.distill.Loss",
+    "train.launch.Launch.run",  # a method
+    "train.launch.Launch.__init__.__globals__",
+    "train.__init__.Launch",
+    "tests.tiny.sentence",
+    "benchmarks.x.Y",
+    "train.launch",
+    "train..Launch",
+    ".train.launch.Launch",
+    "train.launch.Launch\n",
+    "train/launch.Launch.x",
+    "train.os.Path",
+    "",
+    None,
+    5,
+    ["train.launch.Launch"],
+]
+
+SCHEDULE = {
+    "_target_": "train.distill.Schedule",
+    "tokens": 1024,
+    "batch_tokens": 128,
+    "sequence_length": 32,
+}
+
+
+def distill() -> dict[str, Any]:
+    """A stage's configuration with slots of every kind."""
+    return {
+        "_target_": "train.distill.Distill",
+        "target": {"_target_": "decoding.target.Pretrained", "path": "owner/name"},
+        "drafter": {"_target_": "drafters.lm.LM", "layers": 1, "width": 64},
+        "objective": {"_target_": "train.objectives.CE"},
+        "optim": {"_target_": "train.distill.AdamW", "lr": 1e-3, "betas": [0.9, 0.95]},
+        "schedule": dict(SCHEDULE),
+        "data": {
+            "_target_": "data.sources.Mix",
+            "parts": {
+                "a": {"_target_": "data.sources.Local", "files": ["x.txt"], "text": "{text}"},
+            },
+        },
+    }
+
+
+def put(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    changed = copy.deepcopy(config)
+    node = changed
+    *parents, last = path.split(".")
+    for part in parents:
+        node = node[part]
+    node[last] = value
+    return changed
+
+
+def test_the_example_binds_and_builds():
+    bind(distill(), "stages.x")
+    made = build(distill())
+    assert type(made).__name__ == "Distill"
+    assert made.schedule.steps == 8
+    assert made.drafter.arguments == {"layers": 1, "width": 64}
+
+
+@pytest.mark.parametrize("name", FOREIGN, ids=repr)
+@pytest.mark.parametrize("path", ["", "objective", "data.parts.a"])
+def test_a_foreign_target_is_refused_at_any_depth(name: Any, path: str):
+    config = put(distill(), f"{path}._target_".lstrip("."), name)
+    for use in (lambda: bind(config, "stages.x"), lambda: build(config)):
+        with pytest.raises(ValueError, match="_target_"):
+            use()
+
+
+def test_nothing_runs_of_what_is_refused(tmp_path: Path):
+    """Not even when the arguments would fit."""
+    marker = tmp_path / "marker"
+    evil: dict[str, Any] = {"_target_": "os.system", "command": f"touch {marker}"}
+    popen = {"_target_": "train.launch.subprocess.Popen", "args": ["touch", str(marker)]}
+    write = {"_target_": "pathlib.Path.touch", "self": str(marker)}
+    for bad in (evil, popen, write, {"_target_": "builtins.exec", "_args_": ["x"]}):
+        for path in ("data", "tracker", "objective", "schedule", "data.parts.a"):
+            with pytest.raises(ValueError, match="_target_"):
+                bind(put(distill(), path, bad), "stages.x")
+            with pytest.raises(ValueError, match="_target_"):
+                build(put(distill(), path, bad))
+    assert not marker.exists()
+
+
+def test_an_override_cannot_name_foreign_code_either(tmp_path: Path):
+    marker = tmp_path / "marker"
+    for key in ("objective", "schedule", "drafter"):
+        name = f"stages.pretrain.{key}"
+        done = command(
+            "recipe=quickstart",
+            f"{name}={{_target_: os.system, command: 'touch {marker}'}}",
+            f"output_dir={tmp_path / 'out'}",
+        )
+        assert done.returncode == 2
+        assert "_target_ is 'os.system'; it must be room.module.Class" in done.stderr
+    assert not marker.exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["_partial_", "_args_", "_convert_", "_recursive_", "_call_"])
+def test_hydras_own_switches_are_no_settings(key: str):
+    with pytest.raises(ValueError, match=f"stages.x.objective.{key} is not a setting"):
+        bind(put(distill(), f"objective.{key}", True), "stages.x")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "${oc.env:HOME}",
+        "${oc.env:NO_SUCH_THING,fallback}",
+        "${oc.decode:'1'}",
+        "${oc.create:{a:1}}",
+        "${env:HOME}",
+        "${env:PATH}",
+        "${env:WANDB_API_KEY}",
+        "${eval:1}",
+    ],
+)
+def test_configurations_read_no_environment(text: str):
+    resolvers()
+    with pytest.raises(OmegaConfBaseException):
+        OmegaConf.to_container(OmegaConf.create({"a": text}), resolve=True)
+    with pytest.raises(OmegaConfBaseException):
+        compose("recipe=quickstart", f"output_dir='{text}'")
+
+
+def test_the_one_name_that_may_be_read(monkeypatch):
+    resolvers()
+    config = OmegaConf.create({"a": "${env:DRAFTSMITH_SHARED}/x"})
+    monkeypatch.setenv("DRAFTSMITH_SHARED", "/somewhere")
+    assert config.a == "/somewhere/x"
+    monkeypatch.delenv("DRAFTSMITH_SHARED")
+    assert Path(config.a) == Path(__file__).parents[3] / "shared" / "x"
+    assert list(ENVIRONMENT) == ["DRAFTSMITH_SHARED"]
+
+
+UNKNOWN = {
+    "schedule.tokns": "did you mean 'tokens'.*Valid names: batch_tokens, dtype, micro_batch",
+    "objective.beta": r"objective.beta is not a setting\. Valid names: $",
+    "drafter.shape": "Valid names: checkpoint, draft_length, layers",
+    "learning_rate": "Valid names: data, drafter, init",
+    "data.parts.a.file": "did you mean 'files'",
+}
+
+
+@pytest.mark.parametrize("path", UNKNOWN)
+def test_an_unknown_key_lists_the_valid_names(path: str):
+    with pytest.raises(ValueError, match=UNKNOWN[path]) as error:
+        bind(put(distill(), path, 1), "stages.x")
+    assert f"stages.x.{path} is not a setting" in str(error.value)
+
+
+WRONG = {
+    "schedule.tokens": ("many", "schedule.tokens is 'many'; expected int"),
+    "schedule.seed": (True, "schedule.seed is True; expected int"),
+    "schedule.micro_batch": (1.5, "schedule.micro_batch is 1.5; expected int"),
+    "schedule.dtype": (16, "schedule.dtype is 16; expected str"),
+    "optim.lr": ("1e-3x", "optim.lr is '1e-3x'; expected float"),
+    "optim.betas": (0.9, "optim.betas is 0.9; expected tuple"),
+    "optim.betas.0": ("x", None),
+    "objective": ("ce", "objective is 'ce'; expected Loss"),
+    "schedule": (None, "schedule is None; expected Schedule"),
+    "target": ({"_target_": "train.objectives.CE"}, "is train.objectives.CE; expected Pretrained"),
+    "drafter": ({"_target_": "drafters.ngram.Ngram"}, "is drafters.ngram.Ngram; expected Bluepri"),
+    "data": ({"_target_": "train.objectives.TV"}, "expected Source | null"),
+    "data.parts": ([1], r"parts is \[1\]; expected Mapping"),
+    "data.parts.a": (7, "expected Mapping"),
+    "data.parts.a.files": ([3], r"files is \[3\]; expected Sequence\[str\]"),
+    "drafter.width": ("64", "width is '64'; expected int | null"),
+    "drafter.sample": (1, "sample is 1; expected bool"),
+}
+
+
+@pytest.mark.parametrize("path", WRONG)
+def test_a_value_of_the_wrong_type_is_named(path: str):
+    value, said = WRONG[path]
+    config = distill()
+    if path == "optim.betas.0":
+        config["optim"]["betas"], said = ["x", 0.9], r"betas is \['x', 0.9\]; expected tuple"
+    else:
+        config = put(config, path, value)
+    assert said is not None
+    with pytest.raises(ValueError, match=said):
+        bind(config, "stages.x")
+
+
+def test_what_is_missing_is_named():
+    config = distill()
+    del config["schedule"]["tokens"]
+    with pytest.raises(ValueError, match=r"stages.x.schedule.tokens is missing: Schedule cannot"):
+        bind(config, "stages.x")
+
+
+def test_null_is_what_an_optional_slot_takes():
+    bind(put(distill(), "data.parts.b", None), "stages.x")
+    bind(put(distill(), "init", None), "stages.x")
+    bind(put(distill(), "optim.lr", 1), "stages.x")  # an int is a float
+
+
+def test_find_gives_the_class_itself():
+    from train.launch import Launch
+
+    assert find("train.launch.Launch", "x") is Launch
+
+
+def test_a_misspelt_module_lists_those_there():
+    with pytest.raises(ValueError, match=r"modules there: drafters.base, .*drafters.lm"):
+        find("drafters.medusaa.Medusa", "drafter")
