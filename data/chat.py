@@ -22,6 +22,21 @@ def require_template(tokenizer: Any, name: str) -> None:
         )
 
 
+def require_same_tokenizer(tokenizer: Any, place: str) -> None:
+    """A drafter that reads other ids than its target drafts nonsense; place: its folder or id."""
+    from transformers import AutoTokenizer
+
+    ours, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(place).get_vocab()
+    if ours == theirs:
+        return
+    token, theirs_id = min(set(theirs.items()) ^ set(ours.items()), key=lambda item: item[1])
+    other = next((t for t, i in ours.items() if i == theirs_id and t != token), "nothing")
+    raise ValueError(
+        f"the tokenizer of {place} is not the target's: id {theirs_id} is {token!r} in one and "
+        f"{other!r} in the other; a drafter must share the target's tokenizer"
+    )
+
+
 def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
     """The conversation so far, ready for the target to answer."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -73,6 +73,6 @@ def is_validation(row: Row | Sample) -> bool:
     if "answer_ids" in row:
         said = cast(Sample, row)["prompt"]
     else:
-        said = row["text"] if "text" in row else prompt_of(cast(Row, row))
+        said = row["text"] if "text" in row else prompt_of(row)
     key = prompt_key("validation:" + said)
     return int(key[:8], 16) % VALIDATION == 0

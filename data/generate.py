@@ -74,7 +74,7 @@ class Generate:
         jobs = [(i, j) for i in range(len(questions)) for j in range(self.answers_per_prompt)]
         shards = [jobs[a : a + self.shard_size] for a in range(0, len(jobs), self.shard_size)]
         model, total = None, Counter[str]()
-        with tqdm(total=len(jobs), unit="answer", desc="generate", mininterval=2) as bar:
+        with tqdm(total=len(jobs), unit="answer", desc="generate") as bar:
             for number, shard in enumerate(shards):
                 file = folder / f"shard-{number:05d}.jsonl"
                 note = file.with_suffix(".counts.json")

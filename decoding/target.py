@@ -234,13 +234,16 @@ class Pretrained:
         from transformers import AutoModelForCausalLM
 
         place = str(folder or self.path)
-        model = AutoModelForCausalLM.from_pretrained(
-            place,
-            revision=None if folder else self.revision,
-            dtype=DTYPES[dtype or self.dtype],
-            trust_remote_code=False,
-        )
-        target = Target(model, name=self.path or Path(place).name)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                place,
+                revision=None if folder else self.revision,
+                dtype=DTYPES[dtype or self.dtype],
+                trust_remote_code=False,
+            )
+        except OSError as error:
+            raise OSError(_unreachable(place, error)) from None
+        target = Target(model, name=self.path or "the recipe's own target")
         target.to("cuda" if torch.cuda.is_available() else "cpu")
         _probe(target)
         return target
@@ -251,7 +254,12 @@ class Pretrained:
 
         place = str(folder or self.path)
         revision = None if folder else self.revision
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                place, revision=revision, trust_remote_code=False
+            )
+        except OSError as error:
+            raise OSError(_unreachable(place, error)) from None
         if self.chat_template:
             tokenizer.chat_template = self.chat_template
         return tokenizer
@@ -279,6 +287,14 @@ def _is_hub_id(path: str) -> bool:
         bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path))
         and path[0] not in "./~"
         and not (Path(path).is_dir())
+    )
+
+
+def _unreachable(place: str, error: OSError) -> str:
+    first = str(error).splitlines()[0]
+    return (
+        f"the target {place} could not be loaded: {first} Check the id, HF_ENDPOINT, the network "
+        "and your token, or set target.path to a local folder"
     )
 
 

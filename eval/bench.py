@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data.chat import require_template
+from data.chat import require_same_tokenizer, require_template
 from data.repetition import is_repetitive
 from data.sources import Source
 from decoding.loop import Decoded, decode
@@ -57,6 +57,7 @@ class Bench:
         baselines: dict[str, Drafter | None] | None = None,
         dtype: str | None = None,
         stop_below: float = 0.0,
+        sample: bool = True,
         seed: int = 0,
     ) -> None:
         sizes = [limit, max_new_tokens, repeats, trial_prompts, control_prompts]
@@ -74,7 +75,8 @@ class Bench:
         self.draft_lengths, self.trial_prompts = draft_lengths, trial_prompts
         self.control_prompts, self.repeats = control_prompts, repeats
         self.baselines = {k: v for k, v in (baselines or {}).items() if v is not None}
-        self.dtype, self.stop_below, self.seed = dtype, stop_below, seed
+        self.dtype, self.seed = dtype, seed
+        self.stop_below, self.sample = stop_below, sample
 
     def run(
         self, out: Path, *, drafter: Path, target: Path | None = None, data: Path | None = None
@@ -83,6 +85,7 @@ class Bench:
         generate stage whose prompts must not be measured on."""
         tokenizer = self.target.tokenizer(target)
         require_template(tokenizer, self.target.path or "the target")
+        require_same_tokenizer(tokenizer, str(drafter))
         prompts, origin = collect(
             self.prompts,
             tokenizer,
@@ -100,7 +103,7 @@ class Bench:
         model, why = self._load(target)
         ours = load(drafter, model.shape)
         cast(ours, model.dtype).to(model.device)
-        ours.stop_below = self.stop_below  # type: ignore[assignment]
+        ours.stop_below, ours.sample = self.stop_below, self.sample  # type: ignore[assignment]
         tried = self._choose_length(model, ours, trial)
         arms: dict[str, Drafter | None] = {"autoregressive": None, "drafter": ours}
         arms.update(self.baselines)
@@ -161,7 +164,7 @@ class Bench:
         cells = [(b, t) for b in sorted(self.batch_sizes) for t in self.temperatures]
         for drafter in arms.values():  # warm-up: not counted
             self._answer(model, drafter, prompts[:1], self.temperatures[-1], 0)
-        with tqdm(total=len(cells), unit="cell", desc="bench", mininterval=2) as bar:
+        with tqdm(total=len(cells), unit="cell", desc="bench") as bar:
             for batch, temperature in cells:
                 groups = _groups(prompts, batch, temperature, runs)
                 for repeat in range(self.repeats):
@@ -204,7 +207,7 @@ class Bench:
 
         return {
             "target": model.name,
-            "drafter": type(ours).__name__,
+            "drafter": type(ours).__module__.removeprefix("drafters."),
             "parameters_target": sum(p.numel() for p in model.parameters()),
             "parameters_drafter": sum(p.numel() for p in ours.parameters()),
             "device": str(model.device),

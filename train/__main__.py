@@ -27,7 +27,7 @@ draftsmith makes draft models for speculative decoding, and measures what they s
 Recipes:
 {recipes}
 
-Parts to choose with group=name or /group@stages.STAGE.KEY=name:
+Parts to choose with group=name or group@stages.STAGE.KEY=name:
 {groups}
 """
 
@@ -59,7 +59,9 @@ def help_text() -> str:
 
 def _check(arguments: list[str]) -> None:
     """Composes once beforehand, so that a misspelling is one sentence with the valid names."""
-    words = [a for a in arguments if not a.startswith("-")]
+    pairs = zip(["", *arguments], arguments, strict=False)
+    takes = ("-c", "--cfg", "-p", "--package", "-i", "--info")  # a word that is no override
+    words = [a for before, a in pairs if not a.startswith("-") and before not in takes]
     try:
         overrides = OverridesParser.create().parse_overrides(words)
     except HydraException as error:

@@ -181,7 +181,7 @@ def _slot(cls: type, hint: Any) -> bool:
 
 def _name(hint: Any) -> str:
     name = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    return re.sub(r"\b[a-z_]+\.([A-Z])", r"\1", name).replace("NoneType", "null")
+    return re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", name).replace("None", "null")
 
 
 def _show(value: Any) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import pack
+from data.chat import require_same_tokenizer
 from data.documents import Documents, is_validation
 from data.generate import read
 from data.language import Gate
@@ -155,7 +156,7 @@ class Distill:
         barrier()
         frozen = self.target.load(target) if self.objective.needs_target else None
         shape = frozen.shape if frozen else shape_of(self.target, target)
-        module = self._drafter(shape, drafter)
+        module = self._drafter(shape, drafter, tokenizer)
         warn_if_large(module, shape)
 
         def step(engine: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -169,11 +170,14 @@ class Distill:
         barrier()
         return metrics
 
-    def _drafter(self, shape: Shape, parent: Path | None) -> Trained:
+    def _drafter(self, shape: Shape, parent: Path | None, tokenizer: Any) -> Trained:
         torch.manual_seed(self.schedule.seed)
         module = self.drafter(shape)
         assert isinstance(module, Trained), f"{type(module).__name__} has nothing to train"
         module.initialise()
+        start = parent or self.init or self.drafter.arguments.get("checkpoint")
+        if start:
+            require_same_tokenizer(tokenizer, str(start))
         if parent or self.init:
             module.read(Path(parent or str(self.init)))
         return module
@@ -213,7 +217,7 @@ def prepare(
     part = out / "packed.part"
     shutil.rmtree(part, ignore_errors=True)
     most = schedule.tokens // schedule.sequence_length
-    bar = tqdm(rows, unit="row", desc="tokenise and pack", mininterval=2)
+    bar = tqdm(rows, unit="row", desc="tokenise and pack")
     kept: list[Row | Sample] = []
     train = pack.write(
         part / "train", documents(_aside(bar, kept), False), schedule.sequence_length, most
@@ -393,7 +397,6 @@ class Loop:
             unit="tok",
             unit_scale=True,
             desc="train",
-            mininterval=2,
             disable=self.rank != 0,
         )
 

@@ -32,6 +32,8 @@ class Launch:
         """
         command = self._command(folder) if parallel else _inline(folder)
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "true", "PYTHONUNBUFFERED": "1"}
+        # a log file wants a line now and then, not a bar that redraws itself
+        environment.setdefault("TQDM_MININTERVAL", "0.5" if sys.stderr.isatty() else "20")
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         process = subprocess.Popen(command, cwd=ROOT, env=environment)
         try:

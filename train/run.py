@@ -21,6 +21,7 @@ def run_recipe(name: str, config: dict[str, Any]) -> tuple[int, float | None]:
     try:
         root = Path(config["output_dir"]).resolve()
         bind(config["launch"], "launch")
+        build(config["launch"])
         stages = plan(config, root)
         if config["plan"]:
             from train.estimate import show

@@ -48,7 +48,11 @@ class Tracker:
     def __init__(self, folder: Path, rank: int = 0, remote: Jsonl | None = None) -> None:
         self.file = folder / "metrics.jsonl"
         self.rank = rank
-        self.run = remote.open(folder, {}) if remote and rank == 0 else None
+        self.run = None
+        if remote and rank == 0:
+            note = folder / "stage.json"
+            config = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+            self.run = remote.open(folder, config)
 
     def log(self, step: int, **values: float) -> None:
         """One line of JSON; `step` counts optimiser steps."""

@@ -93,7 +93,7 @@ def _say(code: int, sentence: str) -> int:
     from train.engine import ranks
 
     if ranks()[0] == 0 or code == 1:
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
     return code
 
 

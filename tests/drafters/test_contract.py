@@ -58,7 +58,7 @@ def target() -> Target:
 
 
 def packed(vocab: int, T: int = 24, seed: int = 0) -> Batch:
-    """Two sequences of three documents, the second with a padded tail; not every token supervised."""
+    """Two sequences of three documents, the second padded; not every token is supervised."""
     rng = torch.Generator().manual_seed(seed)
     ids_BT = torch.randint(vocab, (2, T), generator=rng)
     doc_BT = torch.tensor([[0] * 7 + [1] * 9 + [2] * (T - 16), [0] * 11 + [1] * 5 + [2] * (T - 16)])

@@ -1,11 +1,15 @@
 """`python -m train`: what it says, how fast it says it, and what it leaves behind (nothing)."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.train.composing import ROOT, command
+from data.builtin import Builtin
+from tests.train.composing import ROOT, command, compose
+from train.run import run_recipe
 
 PROMPTLY = 4.0  # seconds; two are promised, and the machine may be busy
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml"))
@@ -28,7 +32,7 @@ MISTAKES = {
     "top": (["recipe=quickstart", "outputdir=x"], "did you mean 'output_dir'? Valid names:"),
     "no value": (["recipe=quickstart", "plan"], "write key=value"),
     "objective": (
-        ["recipe=quickstart", "/objective@stages.pretrain.objective=kl"],
+        ["recipe=quickstart", "objective@stages.pretrain.objective=forward_tv"],
         "forward_kl",
     ),
 }
@@ -57,9 +61,6 @@ def test_composing_and_its_mistakes_need_no_torch():
         "try: m.main()\n"
         "except SystemExit as e: print(e.code, 'torch' in sys.modules)"
     )
-    import subprocess
-    import sys
-
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "2 False"
     assert "did you mean 'limit'" in done.stderr
@@ -85,53 +86,56 @@ def test_local_rank_is_not_hydras(argument: str):
 
 
 LATER = {
-    "foreign path": (
-        ["target.path=/no/such/folder"],
-        r"target.path '/no/such/folder' does not exist",
-    ),
-    "zero tokens": (["stages.finetune.schedule.tokens=0"], "tokens 0, batch_tokens"),
-    "zero batch": (["stages.target.schedule.batch_tokens=0"], "batch_tokens 0"),
-    "type": (["stages.pretrain.optim.lr=abc"], "stages.pretrain.optim.lr is 'abc'; expected float"),
-    "new key": (
-        ["+stages.bench.limt=3"],
-        "stages.bench.limt is not a setting; did you mean 'limit'",
-    ),
-    "new stage": (
-        ["+stages.fintune.schedule.tokens=5"],
-        "stages.fintune is not a setting; did you",
-    ),
-    "no mapping": (["stages.pretrain=5"], "stages.pretrain is not a setting"),
-    "launch": (["launch.ranks=0"], "launch.ranks is 0"),
-    "environment": (["output_dir=${oc.env:HOME}"], "oc.env"),
+    "no folder": ("target.path=/no/such/folder", "target.path '/no/such/folder' does not exist"),
+    "zero tokens": ("stages.finetune.schedule.tokens=0", "tokens 0, batch_tokens"),
+    "zero batch": ("stages.target.schedule.batch_tokens=0", "batch_tokens 0"),
+    "temperatures": ("stages.bench.temperatures=[]", "bench needs temperatures"),
+    "type": ("stages.finetune.optim.lr=abc", "stages.finetune.optim.lr is 'abc'; expected float"),
+    "new key": ("+stages.bench.limt=3", "stages.bench.limt is not a setting; did you mean 'limit'"),
+    "new stage": ("+stages.fintune.schedule.tokens=5", "stages.fintune is not a setting; did you"),
+    "no mapping": ("stages.pretrain=5", "stages.pretrain is not a setting"),
+    "launch": ("launch.ranks=0", "launch.ranks is 0"),
+    "launcher": ("launch.how=slrum", "launch.how is 'slrum'"),
 }
 
 
 @pytest.mark.parametrize("name", LATER)
-def test_a_mistake_found_before_anything_starts_leaves_nothing(name: str, tmp_path: Path):
-    """Each is found although only a later stage would have met it."""
-    arguments, said = LATER[name]
-    out = [] if name == "environment" else [f"output_dir={tmp_path / 'out'}"]
-    done = command("recipe=quickstart", *out, *arguments)
-    assert said in done.stderr
+def test_a_mistake_is_found_before_anything_starts(name: str, tmp_path: Path, capsys, monkeypatch):
+    """Although only a later stage would have met it; nothing is left."""
+    monkeypatch.setattr(Builtin, "fingerprint", lambda self: "0")
+    mistake, said = LATER[name]
+    config = compose("recipe=quickstart", f"output_dir={tmp_path / 'out'}", mistake)
+    assert run_recipe("quickstart", config) == (2, None)
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert said in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_exit_code_of_the_plan_is_that_of_the_command(tmp_path: Path):
+    done = command(
+        "recipe=quickstart", f"output_dir={tmp_path}/out", "stages.finetune.schedule.tokens=0"
+    )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_near_names_of_a_target_that_is_not_there(tmp_path: Path):
+def test_near_names_of_a_target_that_is_not_there(tmp_path: Path, capsys):
     for name in ("koen-17m", "koen-18m", "other"):
         (tmp_path / "models" / name).mkdir(parents=True)
-    done = command("recipe=quickstart", f"target.path={tmp_path}/models/koen17m", "plan=true")
-    assert done.returncode == 2
-    assert f"in {tmp_path}/models there are koen-17m, koen-18m" in done.stderr
+    config = compose("recipe=quickstart", f"target.path={tmp_path}/models/koen17m", "plan=true")
+    assert run_recipe("quickstart", config)[0] == 2
+    assert f"in {tmp_path}/models there are koen-17m, koen-18m" in capsys.readouterr().err
 
 
-def test_an_output_folder_that_cannot_be_written_to(tmp_path: Path):
+def test_an_output_folder_that_cannot_be_written_to(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(Builtin, "fingerprint", lambda self: "0")
     (tmp_path / "file").write_text("")
-    done = command("recipe=quickstart", f"output_dir={tmp_path / 'file' / 'below'}")
-    assert done.returncode == 2
-    assert "cannot be written to (Not a directory); set output_dir=" in done.stderr
-    assert "Traceback" not in done.stderr
+    config = compose("recipe=quickstart", f"output_dir={tmp_path / 'file' / 'below'}")
+    assert run_recipe("quickstart", config)[0] == 2
+    said = "cannot be written to (Not a directory); set output_dir="
+    assert said in capsys.readouterr().err
 
 
 def test_a_plan_shows_everything_and_starts_nothing(tmp_path: Path):
