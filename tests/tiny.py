@@ -38,7 +38,7 @@ def tokenizer(file: str) -> Any:
     """The tokenizer that the stage `target` would make of this file: 300 tokens, chat template."""
     from data.sources import Local
     from train.base import BaseTarget
-    from train.distill import AdamW, Schedule
+    from train.schedule import AdamW, Schedule
 
     stage = BaseTarget(
         data=Local(files=[file], text="{text}"),

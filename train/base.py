@@ -16,9 +16,11 @@ from data.sources import Row, Source
 from decoding.target import Shape
 from drafters.base import Batch, Metrics
 from drafters.lm import LM
-from train.distill import AdamW, Loop, Schedule, prepare, rows_of
+from train.distill import prepare, rows_of
 from train.engine import barrier, join
+from train.loop import Loop
 from train.objectives import CE
+from train.schedule import AdamW, Schedule
 from train.track import Jsonl, Tracker
 
 SPECIAL = ["<|pad|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]

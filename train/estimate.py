@@ -16,8 +16,9 @@ from decoding.target import Pretrained, Shape
 from eval.bench import Bench
 from train.base import BaseTarget
 from train.compose import build
-from train.distill import Distill, Schedule
+from train.distill import Distill
 from train.plan import Planned
+from train.schedule import Schedule
 
 PACKED_BYTES = 7  # a packed position: id 4, mask 1, document 2
 TRAINED_BYTES = 16  # a trained parameter: bf16 weight and gradient, fp32 master and two moments

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from train.compose import bind, build
-from train.distill import Loop
+from train.loop import Loop
 
 
 def main() -> None:

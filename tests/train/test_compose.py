@@ -47,7 +47,7 @@ FOREIGN = [
 ]
 
 SCHEDULE = {
-    "_target_": "train.distill.Schedule",
+    "_target_": "train.schedule.Schedule",
     "tokens": 1024,
     "batch_tokens": 128,
     "sequence_length": 32,
@@ -61,7 +61,7 @@ def distill() -> dict[str, Any]:
         "target": {"_target_": "decoding.target.Pretrained", "path": "owner/name"},
         "drafter": {"_target_": "drafters.lm.LM", "layers": 1, "width": 64},
         "objective": {"_target_": "train.objectives.CE"},
-        "optim": {"_target_": "train.distill.AdamW", "lr": 1e-3, "betas": [0.9, 0.95]},
+        "optim": {"_target_": "train.schedule.AdamW", "lr": 1e-3, "betas": [0.9, 0.95]},
         "schedule": dict(SCHEDULE),
         "data": {
             "_target_": "data.sources.Mix",

@@ -24,7 +24,7 @@ from decoding.target import Pretrained
 from tests.tiny import write_chats, write_target, write_texts
 from train import distill
 from train.compose import bind, build
-from train.distill import AdamW, Schedule
+from train.schedule import AdamW, Schedule
 from train.launch import Launch
 
 ROOT = Path(__file__).parents[2]
@@ -60,9 +60,9 @@ def config(place: Path, objective: str = "CE", **schedule: Any) -> dict[str, Any
         },
         "drafter": {"_target_": "drafters.lm.LM", "layers": 1, "width": 64},
         "objective": {"_target_": f"train.objectives.{objective}"},
-        "optim": {"_target_": "train.distill.AdamW", "lr": 3e-3, "warmup": 0.2, "clip": 0.5},
+        "optim": {"_target_": "train.schedule.AdamW", "lr": 3e-3, "warmup": 0.2, "clip": 0.5},
         "schedule": {
-            "_target_": "train.distill.Schedule",
+            "_target_": "train.schedule.Schedule",
             "tokens": STEPS * ROWS * T,
             "batch_tokens": ROWS * T,
             "sequence_length": T,

@@ -1,0 +1,170 @@
+"""The training loop: steps, validation, checkpoints, the same on one rank and on many.
+
+Shapes: B batch, T tokens.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data.pack import Packed
+from drafters.base import Batch, Metrics
+from train import checkpoint
+from train.engine import Engine, barrier, join, sum_over_ranks
+from train.schedule import AdamW, Schedule
+from train.track import Tracker
+
+CHECKPOINTS = 5  # per run
+REPORTS = 10  # validations per run
+SHOWN = ("loss", "alpha", "top1")
+
+Step = Callable[[Any, Batch], tuple[Tensor, Metrics]]
+
+
+class Loop:
+    """Steps, validation, checkpoints; resumes from the newest checkpoint that verifies."""
+
+    def __init__(self, schedule: Schedule, optim: AdamW, out: Path, tracker: Tracker) -> None:
+        self.schedule, self.optim, self.out, self.tracker = schedule, optim, out, tracker
+        self.rank, self.world = join()
+        self.train = Packed(out / "packed" / "train")
+        held = out / "packed" / "validation"
+        self.validation = Packed(held) if held.is_dir() else None
+
+    def run(self, module: nn.Module, step_fn: Step) -> dict[str, float]:
+        """Trains `module`; step_fn(engine, batch) gives the summed loss and metrics."""
+        plan = self.schedule
+        micro = plan.micro(self.world)
+        engine = Engine(
+            module,
+            dtype=plan.dtype,
+            zero_stage=plan.zero_stage,
+            micro_batch=micro,
+            accumulation=plan.rows // (micro * self.world),
+            clip=self.optim.clip,
+            betas=self.optim.betas,
+            weight_decay=self.optim.weight_decay,
+        )
+        first = self._resume(engine)
+        every = max(1, plan.steps // CHECKPOINTS)
+        look = max(1, plan.steps // REPORTS)
+        begin, found = time.perf_counter(), {}
+        with self._bar(first) as bar:
+            for step in range(first, plan.steps):
+                measured = self._step(engine, step_fn, step, micro)
+                bar.update(plan.batch_tokens)
+                bar.set_postfix({k: f"{v:.3f}" for k, v in measured.items() if k in SHOWN})
+                self.tracker.log(step + 1, **measured)
+                last = step + 1 == plan.steps
+                if last or (step + 1) % look == 0:
+                    found = self._validate(engine, step_fn, step + 1)
+                if last or (step + 1) % every == 0:
+                    self._save(engine, step + 1)
+        seconds = time.perf_counter() - begin
+        engine.finish()
+        self.tracker.close()
+        done = (plan.steps - first) * plan.batch_tokens
+        return {"steps": plan.steps, "tokens_per_second": done / max(seconds, 1e-9), **found}
+
+    def _step(self, engine: Engine, step_fn: Step, step: int, micro: int) -> dict[str, float]:
+        """One optimiser step. The loss is the mean over the supervised tokens of all ranks."""
+        rows = self.order(step)
+        supervised = int(self.train.supervised[rows].sum())
+        if not supervised:
+            raise ValueError(
+                f"step {step + 1} has no supervised token: look at the data (view=true)"
+            )
+        shares = [rows[i : i + micro] for i in range(0, len(rows), micro)]
+        mine = shares[self.rank :: self.world]
+        sums: dict[str, float] = {}
+        engine.module.train()
+        for share in mine:
+            batch = _to_device(self.train.batch(share), engine)
+            loss, metrics = step_fn(engine, batch)
+            engine.backward(loss * (len(mine) * self.world / supervised))
+            engine.step(self.optim.rate(step, self.schedule.steps))
+            _add(sums, {"loss": loss.detach(), **metrics})
+        found = _means(sum_over_ranks(sums))
+        if not math.isfinite(found["loss"]):
+            raise ArithmeticError(f"the loss is {found['loss']} at step {step + 1}; lower optim.lr")
+        rate = self.optim.rate(step, self.schedule.steps)
+        return found | {"lr": rate, "gradient_norm": engine.gradient_norm()}
+
+    def order(self, step: int) -> list[int]:
+        """Sequences of a step: the same on any number of ranks, each epoch shuffled anew."""
+        n, rows = len(self.train), self.schedule.rows
+        picked = []
+        for index in range(step * rows, (step + 1) * rows):
+            epoch, at = divmod(index, n)
+            picked.append(int(self._shuffled(epoch)[at]))
+        return picked
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        if getattr(self, "_epoch", None) != epoch:
+            generator = torch.Generator().manual_seed(self.schedule.seed * 1_000_003 + epoch)
+            self._epoch = epoch
+            self._permutation = torch.randperm(len(self.train), generator=generator)
+        return self._permutation
+
+    @torch.no_grad()
+    def _validate(self, engine: Engine, step_fn: Step, step: int) -> dict[str, float]:
+        if self.validation is None:
+            return {}
+        sums: dict[str, float] = {}
+        engine.module.eval()
+        for row in range(len(self.validation)):
+            loss, metrics = step_fn(engine.module, _to_device(self.validation.batch([row]), engine))
+            _add(sums, {"loss": loss.detach(), **metrics})
+        found = {f"validation_{k}": v for k, v in _means(sums).items()}
+        self.tracker.log(step, **found)
+        return found
+
+    def _save(self, engine: Engine, step: int) -> None:
+        state = engine.state()
+        if self.rank == 0:
+            checkpoint.save(self.out / "checkpoints", step, state, {"seed": self.schedule.seed})
+        barrier()
+
+    def _resume(self, engine: Engine) -> int:
+        found = checkpoint.newest(self.out / "checkpoints")
+        if found is None:
+            return 0
+        state, position, skipped = found
+        for why in skipped if self.rank == 0 else []:
+            print(f"skipped checkpoint {why}", flush=True)
+        engine.restore(state, position["step"])
+        if self.rank == 0:
+            print(f"resumed after step {position['step']} of {self.schedule.steps}", flush=True)
+        return int(position["step"])
+
+    def _bar(self, first: int) -> tqdm:
+        plan = self.schedule
+        return tqdm(
+            initial=first * plan.batch_tokens,
+            total=plan.steps * plan.batch_tokens,
+            unit="tok",
+            unit_scale=True,
+            desc="train",
+            disable=self.rank != 0,
+        )
+
+
+def _to_device(batch: Batch, engine: Engine) -> Batch:
+    device = next(engine.module.parameters()).device
+    return Batch(batch.ids_BT.to(device), batch.mask_BT.to(device), batch.doc_BT.to(device))
+
+
+def _add(sums: dict[str, float], values: Metrics) -> None:
+    for key, value in values.items():
+        sums[key] = sums.get(key, 0.0) + float(value)
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    tokens = max(1.0, sums["tokens"])
+    return {key: value / tokens for key, value in sums.items() if key != "tokens"}
