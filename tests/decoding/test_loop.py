@@ -402,8 +402,9 @@ def test_the_cache_contract(name, sampling):
 
 
 @pytest.mark.parametrize("name", ["random", "tree"])
-def test_a_cache_that_outgrows_its_room(name):
-    """Growing keeps what was there: a cache of one slot must answer as one that is large enough."""
+def test_a_cache_that_outgrows_its_room(name, monkeypatch):
+    """Growing keeps what was there, in every round anew."""
+    monkeypatch.setattr("decoding.cache.GROWTH", 1)
     target = Watched(tiny_model(seed=10))
     truth = plain(target, PROMPTS, 10)
     target.capacity = 1

@@ -22,7 +22,7 @@ from data.pack import Packed
 from data.sources import heldout
 from decoding.target import Pretrained
 from tests.tiny import write_chats, write_target, write_texts
-from train import distill
+from train import distill, loop
 from train.compose import bind, build
 from train.schedule import AdamW, Schedule
 from train.launch import Launch
@@ -292,7 +292,7 @@ def test_the_rate_warms_up_and_ends_at_its_floor():
 def test_bf16_trains_and_leaves_rotary_frequencies_alone(place: Path, tmp_path: Path, monkeypatch):
     """A frequency rounded to bf16 is another position code."""
     seen = []
-    finish = distill.Engine.finish
+    finish = loop.Engine.finish
 
     def look(self):
         module = self.engine.module
@@ -300,7 +300,7 @@ def test_bf16_trains_and_leaves_rotary_frequencies_alone(place: Path, tmp_path: 
         seen.append((kinds, {n: b.clone() for n, b in module.named_buffers()}))
         finish(self)
 
-    monkeypatch.setattr(distill.Engine, "finish", look)
+    monkeypatch.setattr(loop.Engine, "finish", look)
     stage = text(place, tokens=30 * ROWS * T, dtype="bfloat16")
     run(tmp_path, stage)
     ((kinds, buffers),) = seen
