@@ -115,7 +115,8 @@ def _unknown_key(key: str, words: list[str]) -> str | None:
 
 def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "; ".join(lines[:3])
+    resolved = re.match(r"ValueError raised while resolving interpolation: (.*)", lines[0])
+    return resolved.group(1) if resolved else "; ".join(lines[:3])
 
 
 def _recipes() -> str:

@@ -35,7 +35,13 @@ def _environment(name: str) -> str:
     if name not in ENVIRONMENT:
         raise ValueError(f"a configuration may read {list(ENVIRONMENT)} only, not {name!r}")
     value = os.environ.get(name, ENVIRONMENT[name])
-    return value if Path(value).is_absolute() else str((ROOT / value).resolve())
+    place = (ROOT / value).resolve()
+    if not place.is_dir():
+        raise ValueError(
+            f"this recipe reads {place}, which is not there: set {name} to the folder of shared "
+            "texts and models"
+        )
+    return str(place)
 
 
 def find(name: Any, place: str) -> type:

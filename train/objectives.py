@@ -16,7 +16,7 @@ from torch import Tensor
 from decoding.target import Target
 from drafters.base import Metrics, Prediction
 
-CHUNK_ELEMENTS = 2**23  # logits of one chunk: 32 MiB in fp32
+CHUNK_ELEMENTS = 2**21  # logits of one chunk: 8 MiB in fp32, which the allocator reuses
 
 Sums = dict[str, Tensor]
 Judge = Callable[[Tensor, slice], tuple[Tensor, Sums]]

@@ -195,11 +195,11 @@ def test_only_truncated_answers_is_an_error_with_the_counts(tmp_path: Path):
 
 def test_prompts_that_are_too_long_are_counted(place: Path, tmp_path: Path):
     tokenizer = Pretrained(path=str(place / "target")).tokenizer()
-    stage(place, max_prompt_tokens=40).run(tmp_path)
+    stage(place, max_prompt_tokens=25).run(tmp_path)
     counts = json.loads((tmp_path / "artifact" / "data.json").read_text())["counts"]
     assert counts["prompt too long"] > 0
     found = rows(tmp_path)
-    assert all(len(prompt_ids(tokenizer, r["turns"][:1])) <= 40 for r in found)
+    assert all(len(prompt_ids(tokenizer, r["turns"][:1])) <= 25 for r in found)
 
 
 TALK = [

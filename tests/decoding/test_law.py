@@ -6,7 +6,6 @@ Wrong rules run through the same machinery and must fail; a suite that cannot fa
 import numpy as np
 import pytest
 import torch
-from conftest import sharpen, tiny_target
 from law import (
     BlockForgetsWeight,
     DrawsArgmax,
@@ -29,6 +28,7 @@ from law import (
     reference_law,
     tables,
 )
+from tiny import sharpen, tiny_target
 
 from decoding.sampling import Sampling
 from decoding.verify import Block, Chain, OneHot

@@ -125,6 +125,7 @@ def test_an_override_cannot_name_foreign_code_either(tmp_path: Path):
     assert done.returncode == 2
     said = "stages.finetune.objective._target_ is 'os.system'; it must be room.module.Class"
     assert said in done.stderr
+    assert "Traceback" not in done.stderr
     assert not marker.exists()
     assert not (tmp_path / "out").exists()
 
@@ -156,14 +157,24 @@ def test_configurations_read_no_environment(text: str):
         compose("recipe=quickstart", f"output_dir='{text}'")
 
 
-def test_the_one_name_that_may_be_read(monkeypatch):
+def test_the_one_name_that_may_be_read(monkeypatch, tmp_path: Path):
     resolvers()
     config = OmegaConf.create({"a": "${env:DRAFTSMITH_SHARED}/x"})
-    monkeypatch.setenv("DRAFTSMITH_SHARED", "/somewhere")
-    assert config.a == "/somewhere/x"
-    monkeypatch.delenv("DRAFTSMITH_SHARED")
-    assert Path(config.a) == Path(__file__).parents[3] / "shared" / "x"
+    monkeypatch.setenv("DRAFTSMITH_SHARED", str(tmp_path))
+    assert config.a == f"{tmp_path}/x"
+    monkeypatch.setenv("DRAFTSMITH_SHARED", str(tmp_path / "not there"))
+    with pytest.raises(OmegaConfBaseException, match=r"not there, .* set DRAFTSMITH_SHARED to"):
+        config.a  # noqa: B018
     assert list(ENVIRONMENT) == ["DRAFTSMITH_SHARED"]
+
+
+def test_its_default_is_beside_the_repository(monkeypatch, shared: Path):
+    monkeypatch.delenv("DRAFTSMITH_SHARED", raising=False)
+    beside = Path(__file__).parents[3] / "shared"
+    if not beside.is_dir():
+        pytest.skip(f"{beside} is not there")
+    resolvers()
+    assert Path(OmegaConf.create({"a": "${env:DRAFTSMITH_SHARED}"}).a) == beside
 
 
 UNKNOWN = {

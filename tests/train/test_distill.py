@@ -24,8 +24,8 @@ from decoding.target import Pretrained
 from tests.tiny import write_chats, write_target, write_texts
 from train import distill, loop
 from train.compose import bind, build
-from train.schedule import AdamW, Schedule
 from train.launch import Launch
+from train.schedule import AdamW, Schedule
 
 ROOT = Path(__file__).parents[2]
 T, ROWS, STEPS = 32, 4, 10  # sequence length, sequences a step, steps
@@ -441,13 +441,13 @@ def test_a_long_source_is_counted_and_checked_though_it_is_not_read_to_its_end(
 def test_a_start_from_another_stage_is_its_weights(place: Path, one, tmp_path: Path):
     made = build(config(place))
     parent = one["CE"] / "artifact"
-    module = made._drafter(distill.shape_of(made.target, None), parent)
+    module = made._drafter(distill.shape_of(made.target, None), parent, made.target.tokenizer())
     got = dict(module.model.named_parameters())
     assert all(torch.equal(got[name], value) for name, value in weights(one["CE"]).items())
     stage = config(place)
     stage["drafter"]["width"] = 128
     with pytest.raises((ValueError, RuntimeError)):
-        build(stage)._drafter(distill.shape_of(made.target, None), parent)
+        build(stage)._drafter(distill.shape_of(made.target, None), parent, made.target.tokenizer())
 
 
 @pytest.mark.parametrize(
