@@ -134,6 +134,7 @@ class Packed:
         self.documents: int = note["documents"]
         self.too_long: int = note["too_long"]
         self._files = [safe_open(str(folder / s["file"]), "pt") for s in note["shards"]]
+        self.tokens: int = sum(s["tokens"] for s in note["shards"])
         sizes = [s["sequences"] for s in note["shards"]]
         self._first = np.concatenate([[0], np.cumsum(sizes)])
         self.supervised = torch.cat([f.get_tensor("supervised") for f in self._files])
@@ -168,7 +169,7 @@ def _write_shard(folder: Path, number: int, bins: list[_Bin], length: int) -> di
     name = f"packed-{number:05d}.safetensors"
     tensors = {"ids": ids, "mask": mask, "doc": doc, "supervised": mask.sum(1, dtype=torch.int32)}
     save_file(tensors, folder / name)
-    return {"file": name, "sequences": n}
+    return {"file": name, "sequences": n, "tokens": sum(len(b.ids) for b in bins)}
 
 
 def _nothing(packer: Packer, length: int) -> str:

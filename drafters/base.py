@@ -42,12 +42,14 @@ class Prediction:
     """One group of predictions (one draft position) for an objective to judge.
 
     hidden_ND are the drafter's states, weight_VD its head, labels_N the true tokens;
-    target_ND the target's states at the same positions (None when no target is given).
+    row_N the sequence of the batch that each belongs to, target_ND the target's states at the same
+    positions (None when no target is given).
     """
 
     hidden_ND: Tensor
     weight_VD: Tensor
     labels_N: Tensor
+    row_N: Tensor
     target_ND: Tensor | None
     position: int = 0
 

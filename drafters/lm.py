@@ -102,6 +102,7 @@ class LM(Trained):
             hidden_ND=hidden_BTD[supervised],
             weight_VD=self.model.get_output_embeddings().weight,
             labels_N=batch.ids_BT[:, 1:][supervised],
+            row_N=supervised.nonzero()[:, 0],
             target_ND=target_ND,
         )
         return objective(prediction, target)

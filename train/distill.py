@@ -151,8 +151,8 @@ def prepare(
     part.rename(folder)
     positions = len(train) * train.length
     print(
-        f"{documents.name}: {train.documents:,} documents in {len(train):,} sequences of "
-        f"{train.length} ({documents.tokens / positions:.0%} filled, "
+        f"{documents.name}: {documents.rows:,} rows read, {len(train):,} sequences of "
+        f"{train.length} ({train.tokens / positions:.0%} filled, "
         f"{documents.supervised / max(1, documents.tokens):.0%} supervised"
         f"{f', {train.too_long:,} dropped as too long' if train.too_long else ''}); "
         f"{schedule.steps * schedule.batch_tokens / positions:.2f} epochs, {schedule.steps} steps",

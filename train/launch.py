@@ -1,5 +1,6 @@
 """Starts a stage as a process of its own, on one rank or several, and reports how it ended."""
 
+import json
 import os
 import signal
 import subprocess
@@ -37,7 +38,9 @@ class Launch:
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         process = subprocess.Popen(command, cwd=ROOT, env=environment)
         try:
-            return process.wait()
+            code = process.wait()
+            note = folder / "failed.json"
+            return json.loads(note.read_text())["code"] if code and note.is_file() else code
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)
             process.wait()

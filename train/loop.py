@@ -54,7 +54,8 @@ class Loop:
         first = self._resume(engine)
         every = max(1, plan.steps // CHECKPOINTS)
         look = max(1, plan.steps // REPORTS)
-        begin, found = time.perf_counter(), {}
+        begin = time.perf_counter()
+        found = self._validate(engine, step_fn, first) if first == plan.steps else {}
         with self._bar(first) as bar:
             for step in range(first, plan.steps):
                 measured = self._step(engine, step_fn, step, micro)
@@ -70,7 +71,8 @@ class Loop:
         engine.finish()
         self.tracker.close()
         done = (plan.steps - first) * plan.batch_tokens
-        return {"steps": plan.steps, "tokens_per_second": done / max(seconds, 1e-9), **found}
+        speed = {"tokens_per_second": done / seconds} if done else {}
+        return {"steps": plan.steps, **speed, **found}
 
     def _step(self, engine: Engine, step_fn: Step, step: int, micro: int) -> dict[str, float]:
         """One optimiser step. The loss is the mean over the supervised tokens of all ranks."""
@@ -139,6 +141,7 @@ class Loop:
         for why in skipped if self.rank == 0 else []:
             print(f"skipped checkpoint {why}", flush=True)
         engine.restore(state, position["step"])
+        self.tracker.rewind(position["step"])
         if self.rank == 0:
             print(f"resumed after step {position['step']} of {self.schedule.steps}", flush=True)
         return int(position["step"])

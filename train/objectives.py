@@ -19,6 +19,7 @@ from drafters.base import Metrics, Prediction
 CHUNK_ELEMENTS = 2**21  # logits of one chunk: 8 MiB in fp32, which the allocator reuses
 
 Sums = dict[str, Tensor]
+PerToken = Callable[[Tensor, Any, Tensor, slice], Tensor]
 Judge = Callable[[Tensor, slice], tuple[Tensor, Sums]]
 
 
@@ -34,16 +35,14 @@ class Loss(ABC):
             log_q_CV = q_CV.float().log_softmax(-1)
             labels_C = prediction.labels_N[at]
             log_p_CV = _target_law(prediction, target, at)
-            loss_C = per_token(log_q_CV, log_p_CV, labels_C)
+            loss_C = per_token(log_q_CV, log_p_CV, labels_C, at)
             return loss_C.sum(), _measure(log_q_CV.detach(), log_p_CV, labels_C)
 
         return chunked(prediction.hidden_ND, prediction.weight_VD, judge)
 
-    def prepare(
-        self, prediction: Prediction, target: Target | None
-    ) -> Callable[[Tensor, Tensor | None, Tensor], Tensor]:
-        """What turns (log q, log p, labels) of a chunk into a loss per token."""
-        return self.per_token
+    def prepare(self, prediction: Prediction, target: Target | None) -> PerToken:
+        """What turns (log q, log p, labels) of a chunk, and which it is, into a loss per token."""
+        return lambda log_q_CV, log_p_CV, labels_C, at: self.per_token(log_q_CV, log_p_CV, labels_C)
 
     @abstractmethod
     def per_token(self, log_q_CV: Tensor, log_p_CV: Any, labels_C: Tensor) -> Tensor:
@@ -106,8 +105,9 @@ class NegLogAcceptance(Loss):
 class LambdaHybrid(Loss):
     """lambda KL(p || q) + (1 - lambda) TV, lambda = exp(-eta alpha) (LK losses, 2602.23881).
 
-    alpha is averaged over the group of predictions (one draft position of one micro-batch) and
-    detached; draft position n weighs decay^n.
+    alpha is averaged over the predictions of a sequence at one draft position, and detached: of
+    the paper's "batch or sequence" the one that does not depend on the micro-batch. Draft position
+    n weighs decay^n.
     """
 
     def __init__(self, *, eta: float = 3.0, decay: float = 0.8) -> None:
@@ -118,18 +118,17 @@ class LambdaHybrid(Loss):
         self.eta, self.decay = eta, decay
 
     def prepare(self, prediction, target):
-        alpha = _mean_alpha(prediction, target)
-        mix = torch.exp(-self.eta * alpha)
+        mix_N = torch.exp(-self.eta * _mean_alpha(prediction, target))
         weight = self.decay**prediction.position
 
-        def per_token(log_q_CV: Tensor, log_p_CV: Any, labels_C: Tensor) -> Tensor:
-            tv = 1 - _alpha(log_q_CV, log_p_CV)
-            return weight * (mix * _kl(log_p_CV, log_q_CV) + (1 - mix) * tv)
+        def per_token(log_q_CV: Tensor, log_p_CV: Any, labels_C: Tensor, at: slice) -> Tensor:
+            mix_C, tv_C = mix_N[at], 1 - _alpha(log_q_CV, log_p_CV)
+            return weight * (mix_C * _kl(log_p_CV, log_q_CV) + (1 - mix_C) * tv_C)
 
         return per_token
 
     def per_token(self, log_q_CV, log_p_CV, labels_C):
-        raise AssertionError("lambda is known only for a whole group: prepare() gives the loss")
+        raise AssertionError("lambda is known only for a whole sequence: prepare() gives the loss")
 
 
 def chunked(
@@ -190,13 +189,18 @@ def _target_law(prediction: Prediction, target: Target | None, at: slice) -> Ten
 
 @torch.no_grad()
 def _mean_alpha(prediction: Prediction, target: Target | None) -> Tensor:
-    total = torch.zeros((), device=prediction.hidden_ND.device)
+    """alpha of each prediction's sequence, [N]."""
+    alphas = []
     for at in _slices(len(prediction.labels_N), prediction.weight_VD.shape[0]):
         log_q = (prediction.hidden_ND[at] @ prediction.weight_VD.T).float().log_softmax(-1)
         log_p = _target_law(prediction, target, at)
         assert log_p is not None, "the hybrid loss needs a target"
-        total += _alpha(log_q, log_p).sum()
-    return total / max(1, len(prediction.labels_N))
+        alphas.append(_alpha(log_q, log_p))
+    alpha_N, row_N = torch.cat(alphas), prediction.row_N
+    rows = int(row_N.max()) + 1 if len(row_N) else 1
+    total_B = alpha_N.new_zeros(rows).index_add(0, row_N, alpha_N)
+    count_B = alpha_N.new_zeros(rows).index_add(0, row_N, torch.ones_like(alpha_N))
+    return (total_B / count_B.clamp(min=1))[row_N]
 
 
 @torch.no_grad()

@@ -18,8 +18,10 @@ SEVERAL_RANKS = ("train.distill.Distill", "train.base.BaseTarget")
 
 def run_recipe(name: str, config: dict[str, Any]) -> tuple[int, float | None]:
     """Does what the switches ask; returns the exit code and the headline speedup, if measured."""
+    if config["plan"]:  # priced from what is at hand: no waiting for a Hub that may not answer
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        root = Path(config["output_dir"]).resolve()
+        root = Path(str(config["output_dir"] or "outputs")).resolve()
         bind(config["launch"], "launch")
         build(config["launch"])
         stages = plan(config, root)

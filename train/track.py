@@ -68,6 +68,16 @@ class Tracker:
                 print(f"wandb stopped: {error}", file=sys.stderr)
                 self.run = None
 
+    def rewind(self, step: int) -> None:
+        """Forgets what was logged behind `step`: a resumed run writes those lines again."""
+        if self.rank or not self.file.is_file():
+            return
+        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        part = self.file.with_suffix(".part")
+        part.write_text("".join(kept), encoding="utf-8")
+        part.replace(self.file)
+
     def close(self) -> None:
         if self.run is not None:
             try:

@@ -13,6 +13,7 @@ from drafters.base import write_json
 from eval.controls import Failed
 
 BAD_INPUT, CHECK_FAILED, ENVIRONMENT, STOPPED = 2, 3, 4, 130
+FAILED = "failed.json"
 PACKAGES = ("torch", "transformers", "datasets", "deepspeed", "safetensors", "tokenizers")
 
 
@@ -30,20 +31,23 @@ def main(arguments: list[str]) -> int:
 def _guarded(folder: Path) -> int:
     """Runs; a sentence for what the user can mend, a traceback for what we must."""
     try:
+        (folder / FAILED).unlink(missing_ok=True)
         _run(folder)
         return 0
     except ValueError as error:
-        return _say(BAD_INPUT, str(error))
+        return _say(folder, BAD_INPUT, str(error))
     except (Failed, ArithmeticError) as error:
-        return _say(CHECK_FAILED, str(error))
+        return _say(folder, CHECK_FAILED, str(error))
     except MemoryError:
-        return _say(ENVIRONMENT, "out of memory: lower micro_batch, batch_size or max_new_tokens")
+        said = "out of memory: lower micro_batch, batch_size or max_new_tokens"
+        return _say(folder, ENVIRONMENT, said)
     except OSError as error:
-        return _say(ENVIRONMENT, str(error))
+        return _say(folder, ENVIRONMENT, str(error))
     except KeyboardInterrupt:
-        return _say(STOPPED, "stopped; the same command goes on where it was")
+        return _say(folder, STOPPED, "stopped; the same command goes on where it was")
     except Exception:
-        traceback.print_exc()
+        if not (folder / FAILED).is_file():  # else it is only that another rank has ended
+            traceback.print_exc()
         return 1
 
 
@@ -89,10 +93,13 @@ def environment(world: int = 1) -> dict[str, Any]:
     }
 
 
-def _say(code: int, sentence: str) -> int:
+def _say(folder: Path, code: int, sentence: str) -> int:
+    """Prints the first rank's sentence, and leaves its code for the command: a launcher reports
+    one of its own."""
     from train.engine import ranks
 
-    if ranks()[0] == 0 or code == 1:
+    if ranks()[0] == 0:
+        write_json(folder / FAILED, {"code": code, "error": sentence})
         print(f"error: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
     return code
 

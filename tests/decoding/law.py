@@ -1,4 +1,4 @@
-"""Exact and empirical laws of what decoding emits, and wrong rules that must show in them.
+"""The exact law of what decoding emits, by enumeration on toy models.
 
 Toy models are lookup tables: p(. | last token). Random choices are enumerated by handing the real
 drafting and verification code chosen uniforms; how likely each choice is comes out of the code
@@ -9,20 +9,18 @@ Shapes: R rows (one per branch of the enumeration), V vocabulary, G draft length
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import chi2
 from torch import Tensor, nn
 
 from decoding.cache import Cache
-from decoding.loop import decode
-from decoding.round import Draft, Scored, Seen, Verdict
-from decoding.sampling import Purpose, Sampling, draw
+from decoding.round import Draft, Scored, Seen
+from decoding.sampling import Purpose, Sampling
 from decoding.target import Shape, Target
-from decoding.verify import Block, Chain, Rule
+from decoding.verify import Rule
 from drafters.lm import LM, LMState
 
 BISECTIONS = 46  # a boundary is known to 2^-46 = 1.4e-14
@@ -97,113 +95,6 @@ class TableLM(LM):
         return self.table[ids_BS[torch.arange(len(new)), torch.tensor(new) - 1]]
 
 
-# --- wrong drafters (mix into LM or TableLM) and wrong rules -------------------------------------
-
-
-class DrawsArgmax:
-    """Takes the likeliest token but says that it was drawn from q."""
-
-    def _guess(self, guesses, logits_BV, sampling, u_B) -> None:
-        super()._guess(guesses, logits_BV, sampling, u_B)  # type: ignore[misc]
-        guesses.ids[-1] = logits_BV.argmax(-1)
-
-
-class DrawsCooler:
-    """Draws at temperature 0.7 and records q at temperature 1."""
-
-    def _guess(self, guesses, logits_BV, sampling, u_B) -> None:
-        super()._guess(guesses, logits_BV, sampling, u_B)  # type: ignore[misc]
-        guesses.ids[-1] = draw((logits_BV / 0.7).softmax(-1), u_B)
-
-
-class DrawsTopTwo:
-    """Draws among its two likeliest tokens and records q before that filter."""
-
-    def _guess(self, guesses, logits_BV, sampling, u_B) -> None:
-        super()._guess(guesses, logits_BV, sampling, u_B)  # type: ignore[misc]
-        second = logits_BV.topk(2, dim=-1).values[:, 1:]
-        few_BV = logits_BV.masked_fill(logits_BV < second, -torch.inf)
-        guesses.ids[-1] = draw(few_BV.softmax(-1), u_B)
-
-
-class DropsTrigger:
-    """Leaves out the token whose low probability stopped the draft."""
-
-    def propose(self, state, seen, target) -> Draft:
-        draft = super().propose(state, seen, target)  # type: ignore[misc]
-        assert draft.q_BMV is not None
-        size = list(draft.size)
-        for b, n in enumerate(size):
-            if draft.q_BMV[b, n - 1, draft.ids_BN[b, n - 1]] < self.stop_below:  # type: ignore
-                size[b] = n - 1
-        return replace(draft, size=size)
-
-
-class _WrongResidual(Chain):
-    def _verify(self, logits_BMV, draft, sampling, requests, starts) -> Verdict:
-        verdict = super()._verify(logits_BMV, draft, sampling, requests, starts)
-        p_BMV = sampling.law(logits_BMV)
-        count = [len(path) for path in verdict.path]
-        places = (torch.tensor(starts) + torch.tensor(count))[:, None]
-        u_B = sampling.uniforms_at(requests, places)[:, 0]
-        following = list(verdict.next)
-        for b, n in enumerate(count):
-            if n < draft.size[b]:
-                assert draft.q_BMV is not None
-                law_V = self.residual(p_BMV[b, n], draft.q_BMV[b, n])
-                following[b] = int(draw(law_V, u_B[b]))
-        return Verdict(verdict.path, following)
-
-    def residual(self, p_V: Tensor, q_V: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class ResamplesFromP(_WrongResidual):
-    def residual(self, p_V: Tensor, q_V: Tensor) -> Tensor:
-        return p_V
-
-
-class SoftmaxOfResidual(_WrongResidual):
-    def residual(self, p_V: Tensor, q_V: Tensor) -> Tensor:
-        return (p_V - q_V).clamp(min=0).softmax(-1)
-
-
-class BlockForgetsWeight(Block):
-    """Draws from norm((p - q)+) where block verification needs norm((pi p - q)+)."""
-
-    def _verify(self, logits_BMV, draft, sampling, requests, starts) -> Verdict:
-        import decoding.verify as verify
-
-        true = verify._finish
-        verify._finish = lambda p, q, weight, *rest: true(p, q, torch.ones_like(weight), *rest)
-        try:
-            return super()._verify(logits_BMV, draft, sampling, requests, starts)
-        finally:
-            verify._finish = true
-
-
-class SharedPurposes(Sampling):
-    """Decides acceptance with the numbers that the draft was drawn with."""
-
-    def uniforms(self, purpose, requests, starts, n) -> Tensor:
-        return super().uniforms(Purpose.DRAFT, requests, starts, n)
-
-
-class SamePosition(Sampling):
-    """Draws the target's own token with one number a request: each first token is right."""
-
-    def uniforms_at(self, requests, positions_BM) -> Tensor:
-        return super().uniforms_at(requests, torch.zeros_like(positions_BM))
-
-
-class KeyedByPosition(Sampling):
-    """Keys accept and draft numbers by absolute position: a later round meets them again."""
-
-    def uniforms(self, purpose, requests, starts, n) -> Tensor:
-        places = np.array(starts)[:, None] + np.arange(n)[None, :]
-        return self._hash(purpose, requests, places, np.zeros((1, 1)))
-
-
 # --- (i) exact enumeration ---------------------------------------------------------------------
 
 
@@ -226,15 +117,15 @@ class Chosen(Sampling):
 
 
 @dataclass
-class _Branches:
+class Branches:
     """Rows of the enumeration: context, chosen uniforms, probability of the choices so far."""
 
     context: Tensor
     uniforms: list[Tensor]
     weight: Tensor
 
-    def take(self, rows: Tensor) -> "_Branches":
-        return _Branches(self.context[rows], [u[rows] for u in self.uniforms], self.weight[rows])
+    def take(self, rows: Tensor) -> "Branches":
+        return Branches(self.context[rows], [u[rows] for u in self.uniforms], self.weight[rows])
 
 
 class Enumerator:
@@ -247,7 +138,7 @@ class Enumerator:
     def round(self, contexts: list[int]) -> dict[int, dict[Block_, float]]:
         """For each last token: emitted block -> probability."""
         rows, G = len(contexts), self.length
-        branches = _Branches(
+        branches = Branches(
             torch.tensor(contexts),
             [torch.full((rows, n), 0.5, dtype=torch.float64) for n in (G, G, G + 1)],
             torch.ones(rows, dtype=torch.float64),
@@ -265,12 +156,12 @@ class Enumerator:
             laws[context][block] = laws[context].get(block, 0.0) + weight
         return laws
 
-    def _chosen(self, branches: _Branches) -> tuple[Chosen, list[int]]:
+    def _chosen(self, branches: Branches) -> tuple[Chosen, list[int]]:
         s = self.sampling
         chosen = Chosen(s.temperature, s.top_k, s.top_p, tables=branches.uniforms)
         return chosen, list(range(len(branches.context)))
 
-    def _draft(self, branches: _Branches) -> Draft:
+    def _draft(self, branches: Branches) -> Draft:
         chosen, requests = self._chosen(branches)
         R = len(requests)
         cache = self.target.new_cache(R, 1)
@@ -278,7 +169,7 @@ class Enumerator:
         state = self.drafter.start(self.target, cache, chosen, requests, 1)
         return self.drafter.propose(state, seen, self.target)
 
-    def _play(self, branches: _Branches) -> list[Block_]:
+    def _play(self, branches: Branches) -> list[Block_]:
         """The block that each branch emits."""
         chosen, requests = self._chosen(branches)
         draft = self._draft(branches)
@@ -290,12 +181,12 @@ class Enumerator:
         pairs = zip(seen.ids_BS.tolist(), seen.count, strict=True)
         return [tuple(ids[:count]) for ids, count in pairs]
 
-    def _token(self, branches: _Branches, i: int) -> Tensor:
+    def _token(self, branches: Branches, i: int) -> Tensor:
         return torch.tensor([b[i] if i < len(b) else 0 for b in self._play(branches)])
 
     def _split(
-        self, branches: _Branches, which: int, i: int, answer: Callable[[_Branches], Tensor]
-    ) -> _Branches:
+        self, branches: Branches, which: int, i: int, answer: Callable[[Branches], Tensor]
+    ) -> Branches:
         """One branch for each token that uniform i may choose; `answer` never falls in u."""
         R, V = len(branches.context), self.vocab
         ends = []
@@ -325,7 +216,7 @@ class Enumerator:
         assert (answer(out) == k).all(), "a choice is not monotone in its uniform"
         return out
 
-    def thresholds(self, branches: _Branches) -> Tensor:
+    def thresholds(self, branches: Branches) -> Tensor:
         """[R, G]: acceptance test i succeeds below this uniform."""
         R, G = len(branches.context), self.length
         found = torch.zeros(R, G, dtype=torch.float64)
@@ -334,14 +225,14 @@ class Enumerator:
             probe.uniforms[1][:, :i] = 0.0
             probe.uniforms[1][:, i + 1 :] = ALMOST_ONE
 
-            def failed(u: Tensor, probe: _Branches = probe, i: int = i) -> Tensor:
+            def failed(u: Tensor, probe: Branches = probe, i: int = i) -> Tensor:
                 probe.uniforms[1][:, i] = u
                 return torch.tensor([len(block) <= i + 1 for block in self._play(probe)])
 
             found[:, i] = bisect(failed, R)
         return found
 
-    def _accept(self, branches: _Branches) -> _Branches:
+    def _accept(self, branches: Branches) -> Branches:
         """One branch for each outcome of the G acceptance tests."""
         G = self.length
         limit_RG = self.thresholds(branches)
@@ -399,82 +290,3 @@ def product(p_VV: np.ndarray, context: int, length: int) -> dict[Block_, float]:
 def distance(a: dict[Block_, float], b: dict[Block_, float]) -> float:
     """Total variation."""
     return 0.5 * sum(abs(a.get(k, 0.0) - b.get(k, 0.0)) for k in a.keys() | b.keys())
-
-
-# --- (ii) Monte Carlo through decode() -----------------------------------------------------------
-
-
-def exact_law(
-    target: Target, prompt: list[int], length: int, sampling: Sampling
-) -> dict[Block_, float]:
-    """Every continuation's probability, from the target's plain forward pass."""
-    vocab = target.shape.vocab_size
-    law: dict[Block_, float] = {(): 1.0}
-    for _ in range(length):
-        prefixes = list(law)
-        ids = torch.tensor([[*prompt, *prefix] for prefix in prefixes])
-        with torch.inference_mode():
-            p = reference_law(target.logits(target(ids).hidden_BTD[:, -1]), sampling)
-        law = {
-            (*prefix, token): law[prefix] * p[row, token]
-            for row, prefix in enumerate(prefixes)
-            for token in range(vocab)
-        }
-    return law
-
-
-def p_value(
-    target: Target,
-    drafter: Any,
-    prompts: list[list[int]],
-    sampling: Sampling,
-    *,
-    rule: Rule | None = None,
-    length: int = 4,
-    n: int = 12_000,
-    batch: int = 2_000,
-) -> float:
-    """G-test of the first `length` tokens of n requests, all prompts together, on `exact_law`."""
-    laws = [exact_law(target, prompt, length, sampling) for prompt in prompts]
-    counts: list[dict[Block_, int]] = [{} for _ in prompts]
-    for begin in range(0, n, batch):
-        numbers = list(range(begin, min(n, begin + batch)))
-        answers = decode(
-            target,
-            drafter,
-            [prompts[i % len(prompts)] for i in numbers],
-            sampling=sampling,
-            max_new_tokens=length,
-            end_ids=frozenset(),
-            rule=rule,
-            requests=numbers,
-        ).answers
-        for i, answer in zip(numbers, answers, strict=True):
-            seen = counts[i % len(prompts)]
-            seen[tuple(answer.ids)] = seen.get(tuple(answer.ids), 0) + 1
-    return g_test(
-        [c.get(key, 0) for law, c in zip(laws, counts, strict=True) for key in law],
-        [p * sum(c.values()) for law, c in zip(laws, counts, strict=True) for p in law.values()],
-        groups=len(prompts),
-    )
-
-
-def g_test(observed: list[int], expected: list[float], groups: int = 1) -> float:
-    """p-value; cells with an expectation below 5 are merged with their like. 0 if the impossible
-    was observed."""
-    seen, due = np.array(observed, dtype=float), np.array(expected)
-    if seen[due == 0].any():
-        return 0.0
-    order = np.argsort(due[due > 0], kind="stable")
-    seen, due = seen[due > 0][order], due[due > 0][order]
-    cells: list[list[float]] = [[0.0, 0.0]]
-    for s, d in zip(seen, due, strict=True):
-        cells[-1][0] += s
-        cells[-1][1] += d
-        if cells[-1][1] >= 5:
-            cells.append([0.0, 0.0])
-    last = cells.pop()
-    cells[-1] = [cells[-1][0] + last[0], cells[-1][1] + last[1]]
-    o, e = np.array(cells).T
-    g = 2 * np.sum(o[o > 0] * np.log(o[o > 0] / e[o > 0]))
-    return float(chi2.sf(g, len(cells) - groups))

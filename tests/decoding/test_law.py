@@ -6,29 +6,31 @@ Wrong rules run through the same machinery and must fail; a suite that cannot fa
 import numpy as np
 import pytest
 import torch
+from frequencies import g_test, p_value
 from law import (
-    BlockForgetsWeight,
-    DrawsArgmax,
-    DrawsCooler,
-    DrawsTopTwo,
-    DropsTrigger,
+    Branches,
     Enumerator,
-    KeyedByPosition,
-    ResamplesFromP,
-    SamePosition,
-    SharedPurposes,
-    SoftmaxOfResidual,
     TableLM,
     TableTarget,
     distance,
-    g_test,
     joint,
-    p_value,
     product,
     reference_law,
     tables,
 )
 from tiny import sharpen, tiny_target
+from wrong import (
+    BlockForgetsWeight,
+    DrawsArgmax,
+    DrawsCooler,
+    DrawsTopTwo,
+    DropsTrigger,
+    KeyedByPosition,
+    ResamplesFromP,
+    SamePosition,
+    SharedPurposes,
+    SoftmaxOfResidual,
+)
 
 from decoding.sampling import Sampling
 from decoding.verify import Block, Chain, OneHot
@@ -120,11 +122,10 @@ def test_thresholds_are_the_papers(rule):
     length = 3
     machine = Enumerator(TableTarget(p_VV), TableLM(q_VV, draft_length=length), rule, SAMPLED)
     rng = np.random.default_rng(0)
-    from law import _Branches
 
     R = 60
     uniforms = [torch.from_numpy(rng.random((R, n))) for n in (length, length, length + 1)]
-    branches = _Branches(torch.arange(R) % V, uniforms, torch.ones(R))
+    branches = Branches(torch.arange(R) % V, uniforms, torch.ones(R))
     found = machine.thresholds(branches).numpy()
     p, q = reference_law(p_VV, SAMPLED), reference_law(q_VV, SAMPLED)
     for r, drafted in enumerate(machine._draft(branches).ids_BN.tolist()):

@@ -81,7 +81,8 @@ def closed(loss: Loss, z: Tensor, p: Tensor) -> Tensor:
 
 def make(hidden: Tensor, weight: Tensor, target_states: Tensor | None, position: int = 0):
     labels = torch.arange(len(hidden)) % len(weight)
-    return Prediction(hidden, weight, labels, target_states, position)
+    rows = torch.zeros(len(labels), dtype=torch.long)
+    return Prediction(hidden, weight, labels, rows, target_states, position)
 
 
 def problem(n: int = 11, v: int = 13, d: int = 6, dtype=torch.float32):
@@ -178,6 +179,19 @@ def test_the_hybrid_mixes_by_the_mean_acceptance_of_the_group_and_its_position()
         torch.testing.assert_close(got, expected)
 
 
+def test_the_hybrid_averages_acceptance_over_each_sequence():
+    """Else the loss would depend on which sequences share a micro-batch."""
+    hidden, weight, states, target = problem()
+    whole = make(hidden, weight, states)
+    whole.row_N = (torch.arange(11) >= 4).long()
+    together, _ = LambdaHybrid()(whole, target)
+    parts = [make(hidden[:4], weight, states[:4]), make(hidden[4:], weight, states[4:])]
+    apart = [LambdaHybrid()(part, target)[0] for part in parts]
+    torch.testing.assert_close(together, apart[0] + apart[1])
+    mixed, _ = LambdaHybrid()(make(hidden, weight, states), target)
+    assert not torch.allclose(together, mixed, rtol=1e-4)
+
+
 def test_the_hybrid_does_not_differentiate_its_mixture():
     """The gradient is that of a loss in which lambda is a number."""
     hidden, weight, states, target = problem()
@@ -201,7 +215,7 @@ def naive(loss: Loss, prediction: Prediction, target: Head) -> Tensor:
     z = prediction.hidden_ND @ prediction.weight_VD.T
     log_p = target.logits(prediction.target_ND).log_softmax(-1)
     per_token = loss.prepare(prediction, target)  # type: ignore[arg-type]
-    return per_token(z.log_softmax(-1), log_p, prediction.labels_N).sum()
+    return per_token(z.log_softmax(-1), log_p, prediction.labels_N, slice(None)).sum()
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 50])
