@@ -38,7 +38,7 @@ class Proposer(Protocol):
 class Answer:
     """One request's new ids, up to and including the first end id, and its rounds.
 
-    drafted and accepted: drafted nodes on the longest path and accepted tokens, per round.
+    drafted and accepted: nodes drafted and tokens accepted, per round.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -85,7 +85,7 @@ def decode(
     requests: a number for each prompt that keys its randomness (default: its place in the list),
     so that an answer does not depend on what else is in the batch.
     """
-    _check(target, prompts, max_new_tokens)
+    _check(target, prompts, max_new_tokens, requests)
     clock = _Clock(target.device)
     ends = target.end_ids if end_ids is None else end_ids
     live = list(range(len(prompts)))
@@ -176,7 +176,14 @@ def _pad(prompts: list[list[int]], device: torch.device) -> Tensor:
     return torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
 
 
-def _check(target: Target, prompts: list[list[int]], max_new_tokens: int) -> None:
+def _check(
+    target: Target, prompts: list[list[int]], max_new_tokens: int, requests: list[int] | None
+) -> None:
+    if requests is not None and len(set(requests)) != len(prompts):
+        raise ValueError(
+            f"{len(prompts)} prompts came with {len(set(requests))} different request numbers; "
+            "each prompt needs one of its own"
+        )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     longest = max(map(len, prompts), default=0)

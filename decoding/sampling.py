@@ -32,8 +32,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or above")
+        if not (self.temperature == 0 or 0.01 <= self.temperature < float("inf")):
+            raise ValueError(
+                f"temperature is {self.temperature}; it must be 0 (greedy) or at least 0.01"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it must lie between 0 and 2**32 - 1")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"top_k is {self.top_k} and top_p {self.top_p}; top_k must be 0 (off) or above, "

@@ -323,7 +323,14 @@ def document_mask(ids_BT: Tensor, doc_BT: Tensor | None) -> tuple[Tensor, Tensor
 
 
 def _refuse_what_cannot_be_cropped(config: Any, name: str) -> None:
-    """Recurrent and windowed layers keep state that rejecting a draft cannot undo."""
+    """Recurrent and windowed layers keep state that rejecting a draft cannot undo, and some
+    position codes depend on how far a draft reaches."""
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise ValueError(
+            f"{name} has rotary positions of type {rope}, which change with the length of a pass: "
+            "a draft would change the tokens before it; choose a target without"
+        )
     kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False:

@@ -1,55 +1,81 @@
-"""Tiny random models."""
+"""Data and chat models small enough to train within a second; nothing here leaves the machine."""
 
+import json
+import random
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from decoding.target import Target
+WORDS = ["Hund", "sieht", "eine", "Katze", "trinkt", "Milch", "am", "Abend", "im", "Garten", "Haus"]
 
 
-def tiny_model(
-    *,
-    vocab: int = 64,
-    width: int = 32,
-    layers: int = 2,
-    heads: int = 4,
-    kv_heads: int | None = None,
-    tied: bool = True,
-    seed: int = 0,
-    spread: float = 0.6,
-    max_positions: int = 512,
-    dtype: torch.dtype = torch.float64,
-) -> Any:
-    """A random Llama whose outputs are far from uniform (`spread`: its initial weights)."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def sentence(rng: random.Random) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(4, 12)))
 
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads or heads,
-        max_position_embeddings=max_positions,
-        tie_word_embeddings=tied,
-        initializer_range=spread,
-        bos_token_id=None,
-        eos_token_id=None,
+
+def write_texts(folder: Path, rows: int = 400, name: str = "text.jsonl") -> str:
+    """JSON lines with `text`, no two alike; returns the file's name."""
+    rng = random.Random(1)
+    texts = [f"{i}: {sentence(rng)}." for i in range(rows)]
+    return _lines(folder / name, [{"text": text} for text in texts])
+
+
+def write_chats(folder: Path, rows: int = 400, name: str = "chat.jsonl") -> str:
+    """JSON lines with `question` and `answer`."""
+    rng = random.Random(2)
+    return _lines(
+        folder / name,
+        [{"question": f"{i}? {sentence(rng)}", "answer": sentence(rng)} for i in range(rows)],
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def tiny_target(**options: Any) -> Target:
-    return Target(tiny_model(**options), name="tiny")
+def _lines(file: Path, records: list[dict[str, Any]]) -> str:
+    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    file.write_text(text, encoding="utf-8")
+    return str(file)
 
 
-def sharpen(module: nn.Module, factor: float) -> nn.Module:
-    """Scales the matrices of a fresh module in place, so that its laws are far from uniform."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(factor)
-    return module
+def tokenizer(file: str) -> Any:
+    """The tokenizer that the stage `target` would make of this file: 300 tokens, chat template."""
+    from data.sources import Local
+    from train.base import BaseTarget
+    from train.schedule import AdamW, Schedule
+
+    stage = BaseTarget(
+        data=Local(files=[file], text="{text}"),
+        schedule=Schedule(tokens=64, batch_tokens=64, sequence_length=64),
+        optim=AdamW(),
+        vocab_size=300,
+    )
+    return stage.make_tokenizer()
+
+
+def write_target(folder: Path, file: str, *, ends: int = 0, dtype: str = "float32") -> str:
+    """A random chat model over `file`'s tokenizer, 2 layers of 64; returns the folder's name.
+
+    ends: that many ordinary tokens end an answer too, so that a random model comes to an end.
+    """
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    made = tokenizer(file)
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(made),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.15,
+        bos_token_id=made.bos_token_id,
+        eos_token_id=made.eos_token_id,
+        pad_token_id=made.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    last = [made.eos_token_id, *range(len(made) - ends, len(made))]
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=last)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    made.save_pretrained(folder)
+    return str(folder)

@@ -2,7 +2,7 @@
 
 import pytest
 from scripted import TARGETS
-from tiny import tiny_target
+from toys import tiny_target
 
 from decoding.target import Target
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tiny import sharpen
+from toys import sharpen
 
 from decoding.loop import Decoded, decode
 from decoding.round import Draft, Seen

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from scripted import DRAFTERS, GREEDY, NO_END, PROMPTS, SAMPLED, ids_of, plain
-from tiny import tiny_model
 from torch import Tensor
+from toys import tiny_model
 
 from decoding.cache import Cache
 from decoding.loop import decode

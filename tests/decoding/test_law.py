@@ -18,7 +18,7 @@ from law import (
     reference_law,
     tables,
 )
-from tiny import sharpen, tiny_target
+from toys import sharpen, tiny_target
 from wrong import (
     BlockForgetsWeight,
     DrawsArgmax,

@@ -15,7 +15,7 @@ from scripted import (
     tree,
     wrong,
 )
-from tiny import tiny_model, tiny_target
+from toys import tiny_model, tiny_target
 
 from decoding.loop import decode
 from decoding.sampling import Sampling

@@ -1,7 +1,7 @@
 """The target that the contract is tried on."""
 
 import pytest
-from tiny import tiny_target
+from toys import tiny_target
 
 from decoding.target import Target
 

@@ -18,8 +18,8 @@ from contract import (
     packed,
     teacher_forced,
 )
-from tiny import sharpen, tiny_target
 from torch import Tensor
+from toys import sharpen, tiny_target
 
 from decoding.loop import decode
 from decoding.round import Draft, Seen

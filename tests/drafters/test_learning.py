@@ -13,7 +13,7 @@ from contract import (
     packed,
 )
 from safetensors import safe_open
-from tiny import sharpen, tiny_model, tiny_target
+from toys import sharpen, tiny_model, tiny_target
 
 from data.pack import Document, write
 from decoding.loop import decode

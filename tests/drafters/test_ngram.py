@@ -1,7 +1,7 @@
 """Prompt lookup finds what followed: exactness alone would hide a draft that is always wrong."""
 
 import torch
-from tiny import tiny_target
+from toys import tiny_target
 
 from decoding.round import Seen
 from decoding.sampling import Sampling
