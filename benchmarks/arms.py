@@ -24,10 +24,11 @@ from decoding.target import Pretrained
 from drafters.base import Drafter, cast, load, write_json
 from drafters.ngram import Ngram
 from eval.prompts import collect
-from train.compose import CONF, bind, build, resolvers
+from train.compose import ROOT, bind, build, resolvers
 from train.worker import environment
 
 RESAMPLES = 10_000
+FOLDERS = ("target", "drafter", "trained_on", "packed")
 
 
 def main() -> None:
@@ -63,8 +64,7 @@ def main() -> None:
                     "seconds": done.seconds, "repetitive": is_repetitive(answer.ids),
                 })  # fmt: skip
     report = summarise(rows)
-    conditions = vars(asked) | {"prompts": len(prompts), "origin": origin}
-    report |= {"conditions": {k: str(v) for k, v in conditions.items()}}
+    report |= {"conditions": told(asked) | {"origin": origin}}
     write_json(Path(f"{asked.out}.json"), report | {"environment": environment()})
     print(json.dumps(report, indent=1))
 
@@ -83,9 +83,17 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def told(asked: argparse.Namespace) -> dict[str, str]:
+    """The arguments without folders, which say nothing on another machine."""
+    values = {key: value for key, value in vars(asked).items() if key != "out"}
+    values["arm"] = [pair.partition("=")[0] for pair in values.get("arm", [])]
+    shown = {key: Path(v).name if key in FOLDERS and v else v for key, v in values.items()}
+    return {key: str(value) for key, value in shown.items()}
+
+
 def source(name: str) -> object:
     """A data source by its name in conf/data."""
-    with initialize_config_dir(str(CONF / "data"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "conf" / "data"), version_base="1.3"):
         config = OmegaConf.to_container(compose(name), resolve=True)
     bind(config, name)
     return build(config)

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from benchmarks.arms import interval, ratio, source
+from benchmarks.arms import interval, ratio, source, told
 from decoding.loop import decode
 from decoding.sampling import Sampling
 from decoding.target import DTYPES, Pretrained
@@ -96,7 +96,7 @@ def main() -> None:
         "speculative: transformers' time / ours": interval(
             cost["transformers, speculative"] / cost["ours, speculative"]
         ),
-        "conditions": {k: str(v) for k, v in vars(asked).items()},
+        "conditions": told(asked),
         "note": "every answer is run to the full length: end tokens are ignored on both sides",
     }
     print(json.dumps(report, indent=1))

@@ -20,6 +20,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
+from benchmarks.arms import told
 from data.pack import Packed
 from decoding.target import Pretrained, Target
 from drafters.base import Batch, write_json
@@ -58,7 +59,7 @@ def main() -> None:
         for a, b in zip(found["ours"], found["trainer"], strict=True)
     )
     report |= {"speed, ours / trainer": [median(ratios), ratios[0], ratios[-1]]}
-    report |= {"conditions": {k: str(v) for k, v in vars(asked).items()}}
+    report |= {"conditions": told(asked)}
     print(json.dumps(report, indent=1))
     write_json(Path(f"{asked.out}.json"), report)
 

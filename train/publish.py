@@ -67,7 +67,7 @@ class Publish:
         head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
         head += [f"license: {self.licence}", "language:", *(f"- {code}" for code in self.language)]
         if base and "/" in base and not Path(base).is_absolute():
-            head += [f"base_model: {base}", "base_model_relation: adapter"][:1]
+            head += [f"base_model: {base}"]
         head += ["tags:", "- speculative-decoding", "- draft-model", "---"]
         lossless = (
             "Speculative decoding with it is lossless: greedy answers equal the target's, sampled "
