@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from data.repetition import is_repetitive
 from decoding.loop import decode
+from decoding.pretrained import Pretrained
 from decoding.sampling import Sampling
-from decoding.target import Pretrained
 from drafters.base import Drafter, cast, load, write_json
 from drafters.ngram import Ngram
 from eval.prompts import collect

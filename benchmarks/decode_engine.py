@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.arms import interval, ratio, source, told
 from decoding.loop import decode
+from decoding.pretrained import DTYPES, Pretrained
 from decoding.sampling import Sampling
-from decoding.target import DTYPES, Pretrained
 from drafters.base import cast, load, write_json
 from eval.prompts import collect
 from train.compose import resolvers

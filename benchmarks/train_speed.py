@@ -22,7 +22,8 @@ import torch.nn.functional as F
 
 from benchmarks.arms import told
 from data.pack import Packed
-from decoding.target import Pretrained, Target
+from decoding.pretrained import Pretrained
+from decoding.target import Target
 from drafters.base import Batch, write_json
 from drafters.lm import LM
 

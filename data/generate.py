@@ -18,8 +18,9 @@ from data.repetition import is_repetitive
 from data.rows import Message, Row, Sample
 from data.sources import Source, heldout, prompt_key, prompt_of
 from decoding.loop import decode
+from decoding.pretrained import Pretrained
 from decoding.sampling import Sampling
-from decoding.target import Pretrained, Target
+from decoding.target import Target
 from drafters.base import write_json
 
 SURE = 40  # characters from which an answer's language is judged

@@ -16,9 +16,10 @@ from data.chat import require_same_tokenizer, require_template
 from data.repetition import is_repetitive
 from data.sources import Source
 from decoding.loop import Decoded, decode
+from decoding.pretrained import Pretrained
 from decoding.round import Draft
 from decoding.sampling import Sampling
-from decoding.target import Pretrained, Target
+from decoding.target import Target
 from drafters.base import Drafter, Trained, cast, load
 from eval import controls
 from eval.prompts import Prompt, collect

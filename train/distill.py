@@ -19,7 +19,8 @@ from data.generate import read
 from data.language import Gate
 from data.rows import Row, Sample
 from data.sources import Source, heldout, prompt_of
-from decoding.target import Pretrained, Shape
+from decoding.pretrained import Pretrained
+from decoding.target import Shape
 from drafters.base import Batch, Blueprint, Metrics, Trained, save
 from train.engine import barrier, join
 from train.loop import Loop

@@ -20,6 +20,8 @@ def join() -> tuple[int, int]:
     """Joins the process group (a group of one without a launcher) and returns rank and size."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    else:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     quiet()
     import deepspeed
     import deepspeed.ops

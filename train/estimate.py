@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from data.generate import Generate
-from decoding.target import Pretrained, Shape
+from decoding.pretrained import Pretrained
+from decoding.target import Shape
 from eval.bench import Bench
 from train.base import BaseTarget
 from train.compose import build

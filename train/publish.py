@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from decoding.target import Pretrained
+from decoding.pretrained import Pretrained
 from drafters.base import write_json
 from train.worker import environment
 

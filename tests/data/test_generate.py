@@ -11,7 +11,7 @@ from data import generate
 from data.chat import prompt_ids, template_hash
 from data.generate import Generate, read
 from data.sources import Local, heldout, prompt_key
-from decoding.target import Pretrained
+from decoding.pretrained import Pretrained
 from tests.tiny import write_chats, write_target, write_texts
 
 SHARDS = 3

@@ -18,8 +18,9 @@ from scripted import (
 from toys import tiny_model, tiny_target
 
 from decoding.loop import decode
+from decoding.pretrained import Pretrained
 from decoding.sampling import Sampling
-from decoding.target import Pretrained, Target
+from decoding.target import Target
 from decoding.verify import Block, Chain
 from drafters.lm import LM
 

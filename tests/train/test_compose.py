@@ -24,7 +24,7 @@ FOREIGN = [
     "train.launch.subprocess.Popen",  # through a module's own imports
     "train.launch.subprocess",
     "train.launch.Path",  # defined elsewhere, imported there
-    "decoding.target.Path",
+    "decoding.pretrained.Path",
     "decoding.target.nn.Module",
     "data.sources.hashlib",
     "data.sources.Row",  # a class of ours, but of another module
@@ -58,7 +58,7 @@ def distill() -> dict[str, Any]:
     """A stage's configuration with slots of every kind."""
     return {
         "_target_": "train.distill.Distill",
-        "target": {"_target_": "decoding.target.Pretrained", "path": "owner/name"},
+        "target": {"_target_": "decoding.pretrained.Pretrained", "path": "owner/name"},
         "drafter": {"_target_": "drafters.lm.LM", "layers": 1, "width": 64},
         "objective": {"_target_": "train.objectives.CE"},
         "optim": {"_target_": "train.schedule.AdamW", "lr": 1e-3, "betas": [0.9, 0.95]},

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from data.documents import is_validation
 from data.pack import Packed
 from data.sources import heldout
-from decoding.target import Pretrained
+from decoding.pretrained import Pretrained
 from tests.tiny import write_chats, write_target, write_texts
 from train import distill, loop
 from train.compose import bind, build
@@ -54,7 +54,7 @@ def config(place: Path, objective: str = "CE", **schedule: Any) -> dict[str, Any
     return {
         "_target_": "train.distill.Distill",
         "target": {
-            "_target_": "decoding.target.Pretrained",
+            "_target_": "decoding.pretrained.Pretrained",
             "path": str(place / "target"),
             "dtype": "float32",
         },

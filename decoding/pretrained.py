@@ -1,0 +1,127 @@
+"""Where a target comes from: a local folder, a Hub id, or a stage of the recipe."""
+
+import difflib
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from decoding.target import Target, probe
+
+WHOLE = 256 * 2**20  # files up to this many bytes are hashed whole
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A target by local folder or Hub id; `shape` lets a plan be made where neither is at hand.
+
+    `path` null says that a stage of the recipe trains the target. `chat_template` (Jinja) is for
+    targets whose tokenizer comes without one; `thinking` sets the template's enable_thinking.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    dtype: str = "bfloat16"
+    shape: dict[str, Any] | None = None
+    chat_template: str | None = None
+    thinking: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"target.dtype is {self.dtype!r}; it must be one of {list(DTYPES)}")
+
+    def fingerprint(self) -> str:
+        """Contents of a local folder; a Hub id is named by its revision. Raises ValueError for a
+        local path that does not exist."""
+        if self.path is None or _is_hub_id(self.path):
+            return f"{self.path}@{self.revision}"
+        if not Path(self.path).is_dir():
+            raise ValueError(f"target.path {self.path!r} does not exist{_near(Path(self.path))}")
+        return contents_hash(self.path)
+
+    def load(self, folder: Path | None = None, dtype: str | None = None) -> Target:
+        """The frozen model from `folder` (a stage's artifact) or from `path`."""
+        from transformers import AutoModelForCausalLM
+
+        place = str(folder or self.path)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                place,
+                revision=None if folder else self.revision,
+                dtype=DTYPES[dtype or self.dtype],
+                trust_remote_code=False,
+            )
+        except OSError as error:
+            raise OSError(_unreachable(place, error)) from None
+        target = Target(model, name=self.path or "the recipe's own target")
+        target.to("cuda" if torch.cuda.is_available() else "cpu")
+        probe(target)
+        return target
+
+    def tokenizer(self, folder: Path | None = None) -> Any:
+        """The target's tokenizer."""
+        from transformers import AutoTokenizer
+
+        place = str(folder or self.path)
+        revision = None if folder else self.revision
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                place, revision=revision, trust_remote_code=False
+            )
+        except OSError as error:
+            raise OSError(_unreachable(place, error)) from None
+        if self.chat_template:
+            tokenizer.chat_template = self.chat_template
+        if self.thinking is not None and tokenizer.chat_template:
+            # in the template itself, so that its hash and every reader know of the choice
+            choice = "true" if self.thinking else "false"
+            setting = f"{{%- set enable_thinking = {choice} %}}"
+            tokenizer.chat_template = setting + tokenizer.chat_template
+        return tokenizer
+
+
+def contents_hash(path: str | Path) -> str:
+    """Hex hash over the files of a folder; those above 256 MiB by size and both ends."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in Path(path).rglob("*") if p.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)}:{size}:".encode())
+        with file.open("rb") as stream:
+            if size <= WHOLE:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            else:
+                digest.update(stream.read(2**20))
+                stream.seek(-(2**20), 2)
+                digest.update(stream.read())
+    return digest.hexdigest()
+
+
+def _is_hub_id(path: str) -> bool:
+    """`owner/name` or `name`, and no such folder here."""
+    return (
+        bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path))
+        and path[0] not in "./~"
+        and not (Path(path).is_dir())
+    )
+
+
+def _unreachable(place: str, error: OSError) -> str:
+    first = str(error).splitlines()[0]
+    return (
+        f"the target {place} could not be loaded: {first} Check the id, HF_ENDPOINT, the network "
+        "and your token, or set target.path to a local folder"
+    )
+
+
+def _near(path: Path) -> str:
+    """What stands beside a name that is not there."""
+    parent = path.parent
+    while not parent.is_dir():
+        path, parent = parent, parent.parent
+    names = sorted(p.name for p in parent.iterdir() if p.is_dir())
+    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.3) or names[:5]
+    return f"; in {parent} there are {', '.join(close)}" if close else f"; {parent} has no folders"
