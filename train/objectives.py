@@ -16,6 +16,7 @@ from torch import Tensor
 from decoding.target import Target
 from drafters.base import Metrics, Prediction
 
+PAD = 64  # tokens that N is rounded up to a multiple of
 CHUNK_ELEMENTS = 2**21  # logits of one chunk: 8 MiB in fp32, which the allocator reuses
 
 Sums = dict[str, Tensor]
@@ -30,15 +31,16 @@ class Loss(ABC):
 
     def __call__(self, prediction: Prediction, target: Target | None) -> tuple[Tensor, Metrics]:
         per_token = self.prepare(prediction, target)
+        padded, real_N = _pad(prediction)
 
         def judge(q_CV: Tensor, at: slice) -> tuple[Tensor, Sums]:
             log_q_CV = q_CV.float().log_softmax(-1)
-            labels_C = prediction.labels_N[at]
-            log_p_CV = _target_law(prediction, target, at)
+            labels_C, real_C = padded.labels_N[at], real_N[at]
+            log_p_CV = _target_law(padded, target, at)
             loss_C = per_token(log_q_CV, log_p_CV, labels_C, at)
-            return loss_C.sum(), _measure(log_q_CV.detach(), log_p_CV, labels_C)
+            return (loss_C * real_C).sum(), _measure(log_q_CV.detach(), log_p_CV, labels_C, real_C)
 
-        return chunked(prediction.hidden_ND, prediction.weight_VD, judge)
+        return chunked(padded.hidden_ND, padded.weight_VD, judge)
 
     def prepare(self, prediction: Prediction, target: Target | None) -> PerToken:
         """What turns (log q, log p, labels) of a chunk, and which it is, into a loss per token."""
@@ -118,7 +120,8 @@ class LambdaHybrid(Loss):
         self.eta, self.decay = eta, decay
 
     def prepare(self, prediction, target):
-        mix_N = torch.exp(-self.eta * _mean_alpha(prediction, target))
+        padded, real_N = _pad(prediction)
+        mix_N = torch.exp(-self.eta * _mean_alpha(padded, real_N, target))
         weight = self.decay**prediction.position
 
         def per_token(log_q_CV: Tensor, log_p_CV: Any, labels_C: Tensor, at: slice) -> Tensor:
@@ -174,10 +177,30 @@ class _Chunked(torch.autograd.Function):
         return grad_hidden * grad_out, grad_weight * grad_out, None, None
 
 
+def _pad(prediction: Prediction) -> tuple[Prediction, Tensor]:
+    """Rounds N up to a multiple of PAD, and 1 for what is real, [N].
+
+    The number of supervised tokens differs from batch to batch, and buffers of ever new sizes
+    leave the C library's heap full of holes: resident memory grew by 30 MB a step.
+    """
+    n, device = len(prediction.labels_N), prediction.labels_N.device
+    more = -n % PAD or (0 if n else PAD)
+    real_N = (torch.arange(n + more, device=device) < n).float()
+    states = prediction.target_ND
+    padded = Prediction(
+        hidden_ND=F.pad(prediction.hidden_ND, (0, 0, 0, more)),
+        weight_VD=prediction.weight_VD,
+        labels_N=F.pad(prediction.labels_N, (0, more)),
+        row_N=F.pad(prediction.row_N, (0, more)),
+        target_ND=None if states is None else F.pad(states, (0, 0, 0, more)),
+        position=prediction.position,
+    )
+    return padded, real_N
+
+
 def _slices(tokens: int, vocabulary: int) -> list[slice]:
     step = max(16, CHUNK_ELEMENTS // vocabulary)
-    # without tokens one empty slice: the sums have the same keys on every rank
-    return [slice(i, min(i + step, tokens)) for i in range(0, max(1, tokens), step)]
+    return [slice(i, min(i + step, tokens)) for i in range(0, tokens, step)]
 
 
 def _target_law(prediction: Prediction, target: Target | None, at: slice) -> Tensor | None:
@@ -188,7 +211,7 @@ def _target_law(prediction: Prediction, target: Target | None, at: slice) -> Ten
 
 
 @torch.no_grad()
-def _mean_alpha(prediction: Prediction, target: Target | None) -> Tensor:
+def _mean_alpha(prediction: Prediction, real_N: Tensor, target: Target | None) -> Tensor:
     """alpha of each prediction's sequence, [N]."""
     alphas = []
     for at in _slices(len(prediction.labels_N), prediction.weight_VD.shape[0]):
@@ -196,25 +219,25 @@ def _mean_alpha(prediction: Prediction, target: Target | None) -> Tensor:
         log_p = _target_law(prediction, target, at)
         assert log_p is not None, "the hybrid loss needs a target"
         alphas.append(_alpha(log_q, log_p))
-    alpha_N, row_N = torch.cat(alphas), prediction.row_N
-    rows = int(row_N.max()) + 1 if len(row_N) else 1
+    alpha_N, row_N = torch.cat(alphas) * real_N, prediction.row_N
+    rows = int(row_N.max()) + 1
     total_B = alpha_N.new_zeros(rows).index_add(0, row_N, alpha_N)
-    count_B = alpha_N.new_zeros(rows).index_add(0, row_N, torch.ones_like(alpha_N))
+    count_B = alpha_N.new_zeros(rows).index_add(0, row_N, real_N)
     return (total_B / count_B.clamp(min=1))[row_N]
 
 
 @torch.no_grad()
-def _measure(log_q_CV: Tensor, log_p_CV: Tensor | None, labels_C: Tensor) -> Sums:
+def _measure(log_q_CV: Tensor, log_p_CV: Tensor | None, labels_C: Tensor, real_C: Tensor) -> Sums:
     """Sums over the chunk: tokens, ce, top-1 hits; with a target also alpha and agreement."""
     guess_C = log_q_CV.argmax(-1)
     sums = {
-        "tokens": torch.tensor(float(len(labels_C)), device=labels_C.device),
-        "ce": F.nll_loss(log_q_CV, labels_C, reduction="sum"),
-        "top1": (guess_C == labels_C).float().sum(),
+        "tokens": real_C.sum(),
+        "ce": (F.nll_loss(log_q_CV, labels_C, reduction="none") * real_C).sum(),
+        "top1": ((guess_C == labels_C) * real_C).sum(),
     }
     if log_p_CV is not None:
-        sums["alpha"] = _alpha(log_q_CV, log_p_CV).sum()
-        sums["agree"] = (guess_C == log_p_CV.argmax(-1)).float().sum()
+        sums["alpha"] = (_alpha(log_q_CV, log_p_CV) * real_C).sum()
+        sums["agree"] = ((guess_C == log_p_CV.argmax(-1)) * real_C).sum()
     return sums
 
 
