@@ -56,6 +56,7 @@ def main() -> None:
                 done = decode(
                     target, drafter, [prompt.ids],
                     sampling=Sampling(temperature), max_new_tokens=asked.max_new_tokens,
+                    requests=[i],
                 )  # fmt: skip
                 answer = done.answers[0]
                 rows.append({

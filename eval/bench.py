@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data.chat import require_same_tokenizer, require_template
 from data.repetition import is_repetitive
-from data.sources import Source
+from data.sources import Source, prompt_key
 from decoding.loop import Decoded, decode
 from decoding.pretrained import Pretrained
 from decoding.round import Draft
@@ -187,12 +187,14 @@ class Bench:
         temperature: float,
         repeat: int,
     ) -> Decoded:
+        """Answers of one arm; a prompt's randomness is its own, whatever it is decoded with."""
         return decode(
             model,
             drafter,
             [p.ids for p in prompts],
             sampling=Sampling(temperature=temperature, seed=self.seed + repeat),
             max_new_tokens=self.max_new_tokens,
+            requests=[int(prompt_key(p.text)[:8], 16) for p in prompts],
         )
 
     def _conditions(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from data.chat import prompt_ids
 from data.generate import read
 from data.language import Gate
 from data.sources import Row, Source, heldout, prompt_key, prompt_of
+
+SEARCHED = 20_000  # distinct prompts of a source among which a limit takes its sample
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ def collect(
 ) -> tuple[list[Prompt], str]:
     """Up to `limit` prompts of each task, and a sentence on what was left out.
 
+    They are taken in the order of their hashes, since sources are often sorted by kind.
+
     heldout_only: take only the side of the split that no stage trains on. trained_on: the answers
     of a generate stage, whose prompts are left out.
     """
@@ -39,7 +44,8 @@ def collect(
     leaked = long = 0
     for task, source in sources.items():
         taken = 0
-        for row in _distinct(source, heldout_only):
+        found = list(islice(_distinct(source, heldout_only), SEARCHED))
+        for row in sorted(found, key=lambda row: prompt_key(prompt_of(row))):
             if prompt_key(prompt_of(row)) in used:
                 leaked += 1
                 continue
