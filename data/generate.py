@@ -52,6 +52,10 @@ class Generate:
         shard_size: int = 512,
         seed: int = 0,
     ) -> None:
+        for temperature in temperatures:
+            Sampling(temperature=temperature)  # its own checks, before anything starts
+        if limit is not None and limit < 1:
+            raise ValueError(f"generate.limit is {limit}; it must be at least 1, or null for all")
         counts = (answers_per_prompt, max_new_tokens, max_prompt_tokens, batch_size, shard_size)
         if min(counts) < 1 or not temperatures:
             raise ValueError(
@@ -110,10 +114,16 @@ class Generate:
         bar: tqdm,
     ) -> None:
         """One shard: all its conversations, turn by turn, grouped by temperature."""
+        most = min(self.max_prompt_tokens, model.shape.max_positions - self.max_new_tokens)
+        if most < 1:
+            raise ValueError(
+                f"max_new_tokens {self.max_new_tokens:,} leaves no room for a prompt in the "
+                f"{model.shape.max_positions:,} positions of {model.name}; lower it"
+            )
         talks = [_Talk(questions[i], self._temperature(i, j), i, j) for i, j in jobs]
         while waiting := [talk for talk in talks if talk.waiting]:
             for talk in waiting:
-                talk.ask(tokenizer, self.max_prompt_tokens)
+                talk.ask(tokenizer, most)
             ready = [talk for talk in waiting if talk.fault is None]
             ready.sort(key=lambda talk: (talk.temperature, len(talk.ids)))
             for temperature in sorted({t.temperature for t in ready}):
@@ -126,13 +136,12 @@ class Generate:
 
     def _batch(self, model: Target, tokenizer: Any, talks: list["_Talk"]) -> None:
         sampling = Sampling(temperature=talks[0].temperature, seed=self.seed)
-        room = model.shape.max_positions - max(len(t.ids) for t in talks)
         done = decode(
             model,
             None,
             [talk.ids for talk in talks],
             sampling=sampling,
-            max_new_tokens=min(self.max_new_tokens, room),
+            max_new_tokens=self.max_new_tokens,
             requests=[talk.request for talk in talks],
         )
         for talk, answer in zip(talks, done.answers, strict=True):

@@ -3,6 +3,7 @@
 The number it prints is wall-clock: prompts, drafter, verification and all, on this device.
 """
 
+import json
 import random
 import time
 from pathlib import Path
@@ -20,12 +21,14 @@ from decoding.pretrained import Pretrained
 from decoding.round import Draft
 from decoding.sampling import Sampling
 from decoding.target import Target
-from drafters.base import Drafter, Trained, cast, load
+from drafters.base import Drafter, Trained, cast, load, write_json
 from eval import controls
 from eval.prompts import Prompt, collect
 from eval.report import headline_lines, summarise, write_report
 
 VERIFIED = 6  # tokens of a pass when the cost of verification is measured
+KEYS = ("arm", "temperature", "batch", "repeat", "group")  # what names a run
+BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left"
 DTYPES = ("bfloat16", "float32")
 
 
@@ -67,6 +70,10 @@ class Bench:
                 "bench needs temperatures, batch_sizes and draft_lengths, and limit, "
                 "max_new_tokens, repeats, trial_prompts and control_prompts of at least 1"
             )
+        for temperature in temperatures:
+            Sampling(temperature=temperature)  # its own checks, before anything starts
+        if not any(prompts.values()):
+            raise ValueError("bench has no prompts; give /data@stages.bench.prompts.TASK a source")
         self.prompts = {task: source for task, source in prompts.items() if source is not None}
         self.target, self.heldout_only = target, heldout_only
         self.limit, self.max_prompt_tokens, self.max_new_tokens = (
@@ -105,10 +112,15 @@ class Bench:
         ours = load(drafter, model.shape)
         cast(ours, model.dtype).to(model.device)
         ours.stop_below, ours.sample = self.stop_below, self.sample  # type: ignore[assignment]
-        tried = self._choose_length(model, ours, trial)
+        choice = out / "draft_lengths.json"
+        if not choice.is_file():
+            write_json(choice, self._try_lengths(model, ours, trial))
+        tried = json.loads(choice.read_text(encoding="utf-8"))
+        best = int(max(tried, key=tried.get)) if tried else self.draft_lengths[0]
+        ours.draft_length = best  # type: ignore[assignment]
         arms: dict[str, Drafter | None] = {"autoregressive": None, "drafter": ours}
         arms.update(self.baselines)
-        runs = self._measure(model, arms, prompts)
+        runs = self._measure(model, arms, prompts, out / "runs.jsonl")
         conditions = self._conditions(model, ours, why, tried, prompts, origin)
         report = summarise(runs, conditions, found)
         write_report(out / "artifact", report, runs)
@@ -128,6 +140,7 @@ class Bench:
         exact = self.target.load(target, dtype="float32")
         some = [p.ids for p in prompts[: self.control_prompts]]
         ours = cast(load(drafter, exact.shape), torch.float32).to(exact.device)
+        ours.stop_below, ours.sample = self.stop_below, self.sample  # type: ignore[assignment]
         return controls.run(exact, ours, some, min(48, self.max_new_tokens), self.seed)
 
     def _load(self, folder: Path | None) -> tuple[Target, str]:
@@ -136,15 +149,14 @@ class Bench:
             return self.target.load(folder, self.dtype), "configured"
         cost = {}
         for dtype in DTYPES:
-            model = self.target.load(folder, dtype)
-            cost[dtype] = pass_milliseconds(model, VERIFIED)
+            cost[dtype] = pass_milliseconds(self.target.load(folder, dtype), VERIFIED)
         best = min(cost, key=lambda dtype: cost[dtype])
         shown = ", ".join(f"{dtype} {ms:.2f} ms" for dtype, ms in cost.items())
         why = f"the faster at verifying {VERIFIED} tokens: {shown}"
         return self.target.load(folder, best), why
 
-    def _choose_length(self, model: Target, ours: Trained, trial: list[Prompt]) -> dict[int, float]:
-        """Sets the draft length that answers the trial prompts fastest; tokens/s of each tried.
+    def _try_lengths(self, model: Target, ours: Trained, trial: list[Prompt]) -> dict[int, float]:
+        """Tokens/s on the trial prompts with each draft length, if there are several.
 
         Over all temperatures together, since one drafter serves them all.
         """
@@ -154,29 +166,31 @@ class Bench:
             self._answer(model, ours, trial[:1], 0.0, 0)
             done = [self._answer(model, ours, [p], t, 0) for t in self.temperatures for p in trial]
             speed[length] = sum(d.tokens for d in done) / sum(d.seconds for d in done)
-        best = max(speed, key=lambda n: speed[n]) if speed else self.draft_lengths[0]
-        ours.draft_length = best  # type: ignore[assignment]
         return speed
 
     def _measure(
-        self, model: Target, arms: dict[str, Drafter | None], prompts: list[Prompt]
+        self, model: Target, arms: dict[str, Drafter | None], prompts: list[Prompt], kept: Path
     ) -> list[dict[str, Any]]:
-        runs: list[dict[str, Any]] = []
+        """Every run, arms in turn; those that stand in `kept` already are not made again."""
+        runs = _read(kept)
+        have = {tuple(run[key] for key in KEYS) for run in runs}
         cells = [(b, t) for b in sorted(self.batch_sizes) for t in self.temperatures]
         for drafter in arms.values():  # warm-up: not counted
             self._answer(model, drafter, prompts[:1], self.temperatures[-1], 0)
-        with tqdm(total=len(cells), unit="cell", desc="bench") as bar:
+        with tqdm(total=len(cells), desc="bench", bar_format=BAR) as bar, kept.open("a") as stream:
             for batch, temperature in cells:
                 groups = _groups(prompts, batch, temperature, runs)
-                for repeat in range(self.repeats):
-                    for number, group in enumerate(groups):
-                        for arm, drafter in arms.items():
-                            together = [prompts[i] for i in group]
-                            done = self._answer(model, drafter, together, temperature, repeat)
-                            runs.append(
-                                _run(arm, temperature, batch, repeat, number, group, prompts, done)
-                            )
-                        bar.update(1 / (self.repeats * len(groups)))
+                turns = [(r, n) for r in range(self.repeats) for n in range(len(groups))]
+                for repeat, number in turns:
+                    for arm, drafter in arms.items():
+                        if (arm, temperature, batch, repeat, number) in have:
+                            continue
+                        together = [prompts[i] for i in groups[number]]
+                        done = self._answer(model, drafter, together, temperature, repeat)
+                        place = (arm, temperature, batch, repeat, number)
+                        runs.append(_run(place, groups[number], prompts, done))
+                        stream.write(json.dumps(runs[-1]) + "\n")
+                    bar.update(1 / len(turns))
         return runs
 
     def _answer(
@@ -202,7 +216,7 @@ class Bench:
         model: Target,
         ours: Trained,
         why: str,
-        tried: dict[int, float],
+        tried: dict[str, float],
         prompts: list[Prompt],
         origin: str,
     ) -> dict[str, Any]:
@@ -218,6 +232,7 @@ class Bench:
             "dtype": str(model.dtype).removeprefix("torch."),
             "dtype_reason": why,
             "draft_length": ours.draft_length,
+            "stop_below": self.stop_below,
             "draft_length_choice": tried,
             "rule": "one-hot at temperature 0, block verification above (both lossless)",
             "max_new_tokens": self.max_new_tokens,
@@ -269,12 +284,19 @@ def _groups(
     return whole or [usable or [0]]
 
 
+def _read(file: Path) -> list[dict[str, Any]]:
+    """The runs that an earlier start of this stage made; a line cut short is made again."""
+    runs = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            runs.append(json.loads(line))
+        except ValueError:
+            continue
+    return runs
+
+
 def _run(
-    arm: str,
-    temperature: float,
-    batch: int,
-    repeat: int,
-    number: int,
+    place: tuple[str, float, int, int, int],
     group: list[int],
     prompts: list[Prompt],
     done: Decoded,
@@ -282,11 +304,7 @@ def _run(
     """One row of runs.jsonl (eval/report.py reads it)."""
     tasks = {prompts[i].task for i in group}
     return {
-        "arm": arm,
-        "temperature": temperature,
-        "batch": batch,
-        "repeat": repeat,
-        "group": number,
+        **dict(zip(KEYS, place, strict=True)),
         "prompts": group,
         "task": tasks.pop() if len(tasks) == 1 else "mixed",
         "tokens": done.tokens,

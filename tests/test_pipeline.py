@@ -178,7 +178,7 @@ def test_again_does_nothing_and_a_changed_bench_runs_bench_and_publish(done):
     before = stamps(folder / "out" / "stages")
     begin = time.perf_counter()
     again = command(*arguments(folder), cwd=folder)
-    assert time.perf_counter() - begin < 20
+    assert time.perf_counter() - begin < 60
     assert again.returncode == 0, again.stderr
     for number, stage in enumerate(STAGES, 1):
         assert f"[{number}/6] {stage}: done before, " in again.stdout

@@ -14,7 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from train.compose import ROOT, resolvers, unknown
 
+SWEPT: list[tuple[int, float | None, str]] = []  # the runs of a sweep: code, speedup, overrides
 CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
+HYDRA = ("hydra/sweeper", "hydra/launcher", "hydra.sweeper", "hydra.launcher", "hydra.sweep")
 HELP = """\
 draftsmith makes draft models for speculative decoding, and measures what they save.
 
@@ -38,12 +40,17 @@ def main() -> None:
     resolvers()
     store = ConfigStore.instance()
     for path in sorted(RECIPES.glob("*.yaml")):
-        store.store(path.stem, OmegaConf.load(path), group="recipe", package="_global_")
+        recipe = OmegaConf.load(path)
+        if "hydra" in recipe:
+            _stop(f"{path.name} has settings of Hydra itself, which could run code; remove them")
+        store.store(path.stem, recipe, group="recipe", package="_global_")
     if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return
     _check(sys.argv[1:])
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_task)()
+    if SWEPT:
+        sys.exit(_conclude())
 
 
 def help_text() -> str:
@@ -68,6 +75,11 @@ def _check(arguments: list[str]) -> None:
         _stop(f"{_one_line(error)}; write key=value")
     plain = []
     for override in overrides:
+        key = str(override.key_or_group)
+        if key.startswith("hydra") and not key.startswith(HYDRA):
+            _stop(f"{key} cannot be set here; of Hydra's own settings {', '.join(HYDRA)} can")
+        if key.startswith("hydra") and "_target_" in str(override.input_line):
+            _stop(f"{override.input_line} names code; choose a plugin with hydra/sweeper=NAME")
         if override.is_sweep_override() and "glob(" in str(override.input_line):
             return  # Hydra expands it, and lists the options itself
         key = override.get_key_element()
@@ -135,11 +147,25 @@ def _task(config: DictConfig) -> float | None:
     settings = {str(key): value for key, value in plain.items()}
     from hydra.core.hydra_config import HydraConfig
 
-    name = HydraConfig.get().runtime.choices["recipe"]
+    here = HydraConfig.get()
+    name = str(here.runtime.choices["recipe"])
+    if here.mode is not None and here.mode.name == "MULTIRUN":
+        words = [word for word in here.overrides.task if not word.startswith("recipe=")]
+        print(f"\n=== run {here.job.num} of the sweep: {name} {' '.join(words)}", flush=True)
+        code, value = run_recipe(f"{name}-{here.job.num}", settings)
+        SWEPT.append((code, value, " ".join(words)))
+        return value
     code, value = run_recipe(name, settings)
     if code:
         sys.exit(code)
     return value
+
+
+def _conclude() -> int:
+    """A line for each run of a sweep; returns the first exit code that was not 0."""
+    for code, value, words in SWEPT:
+        print(f"{words or 'as it is'}: " + (f"exit code {code}" if code else f"speedup {value}"))
+    return next((code for code, *_ in SWEPT if code), 0)
 
 
 def _stop(sentence: str) -> NoReturn:

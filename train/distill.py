@@ -19,7 +19,7 @@ from data.generate import read
 from data.language import Gate
 from data.rows import Row, Sample
 from data.sources import Source, heldout, prompt_of
-from decoding.pretrained import Pretrained
+from decoding.pretrained import Pretrained, contents_hash
 from decoding.target import Shape
 from drafters.base import Batch, Blueprint, Metrics, Trained, save
 from train.engine import barrier, join
@@ -55,6 +55,11 @@ class Distill:
         self.target, self.drafter, self.objective = target, drafter, objective
         self.schedule, self.optim = schedule, optim
         self.data, self.init, self.tracker = data, init, tracker
+
+    def fingerprint(self) -> str:
+        """Contents of the folders that training starts from."""
+        starts = (self.init, self.drafter.arguments.get("checkpoint"))
+        return ",".join(contents_hash(s) for s in starts if s and Path(s).is_dir())
 
     def run(
         self,
@@ -147,7 +152,8 @@ def prepare(
         pack.write(
             part / "validation", held(kept, True), schedule.sequence_length, VALIDATION_SEQUENCES
         )
-    except ValueError:  # too little data for one validation row; training goes on without
+    except ValueError as why:  # too little data for a validation set; training goes on without
+        print(f"no validation: {why}", flush=True)
         shutil.rmtree(part / "validation", ignore_errors=True)
     part.rename(folder)
     positions = len(train) * train.length

@@ -3,11 +3,13 @@
 import logging
 import os
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+PATIENCE = timedelta(days=2)  # the other ranks wait while rank 0 tokenises
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
 
 
@@ -37,7 +39,7 @@ def join() -> tuple[int, int]:
             torch.distributed.init_process_group(
                 _backend(), store=torch.distributed.HashStore(), rank=0, world_size=1
             )
-        deepspeed.init_distributed(dist_backend=_backend(), verbose=False)
+        deepspeed.init_distributed(dist_backend=_backend(), verbose=False, timeout=PATIENCE)
     return ranks()
 
 

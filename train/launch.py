@@ -37,14 +37,18 @@ class Launch:
         environment.setdefault("TQDM_MININTERVAL", "0.5" if sys.stderr.isatty() else "20")
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         process = subprocess.Popen(command, cwd=ROOT, env=environment)
+        # the stage saves and ends by itself; Ctrl-C reaches it from the terminal
+        earlier = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        ignored = signal.signal(signal.SIGINT, lambda *_: None)
         try:
             code = process.wait()
-            note = folder / "failed.json"
-            return json.loads(note.read_text())["code"] if code and note.is_file() else code
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
-            process.wait()
-            raise
+        finally:
+            signal.signal(signal.SIGTERM, earlier)
+            signal.signal(signal.SIGINT, ignored)
+        note = folder / "failed.json"
+        if code and note.is_file():
+            return json.loads(note.read_text(encoding="utf-8"))["code"]
+        return {-signal.SIGTERM: 143, -signal.SIGINT: 130}.get(code, code)
 
     def _command(self, folder: Path) -> list[str]:
         worker = ["train.worker", str(folder)]

@@ -4,6 +4,8 @@ Shapes: B batch, T tokens.
 """
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,11 @@ CHECKPOINTS = 5  # per run
 REPORTS = 10  # validations per run
 SHOWN = ("loss", "alpha", "top1")
 
+
+class Preempted(Exception):
+    """The run was told to stop, and has saved where it was."""
+
+
 Step = Callable[[Any, Batch], tuple[Tensor, Metrics]]
 
 
@@ -36,6 +43,16 @@ class Loop:
         self.train = Packed(out / "packed" / "train")
         held = out / "packed" / "validation"
         self.validation = Packed(held) if held.is_dir() else None
+        self.told_to_stop = False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._tell)
+            signal.signal(signal.SIGINT, self._tell)
+
+    def _tell(self, *_: Any) -> None:
+        """First signal: save at the end of the step. A second one ends at once."""
+        if self.told_to_stop:
+            raise KeyboardInterrupt
+        self.told_to_stop = True
 
     def run(self, module: nn.Module, step_fn: Step) -> dict[str, float]:
         """Trains `module`; step_fn(engine, batch) gives the summed loss and metrics."""
@@ -61,12 +78,18 @@ class Loop:
                 measured = self._step(engine, step_fn, step, micro)
                 bar.update(plan.batch_tokens)
                 bar.set_postfix({k: f"{v:.3f}" for k, v in measured.items() if k in SHOWN})
-                self.tracker.log(step + 1, **measured)
+                self.tracker.log(step + 1, **{k: v for k, v in measured.items() if k != "stop"})
                 last = step + 1 == plan.steps
                 if last or (step + 1) % look == 0:
                     found = self._validate(engine, step_fn, step + 1)
-                if last or (step + 1) % every == 0:
+                stop = measured.pop("stop") > 0
+                if last or stop or (step + 1) % every == 0:
                     self._save(engine, step + 1)
+                if stop and not last:
+                    raise Preempted(
+                        f"stopped and saved after step {step + 1} of {plan.steps}; the same "
+                        "command goes on from there"
+                    )
         seconds = time.perf_counter() - begin
         engine.finish()
         self.tracker.close()
@@ -92,6 +115,7 @@ class Loop:
             engine.backward(loss * (len(mine) * self.world / supervised))
             engine.step(self.optim.rate(step, self.schedule.steps))
             _add(sums, {"loss": loss.detach(), **metrics})
+        sums["stop"] = float(self.told_to_stop)  # summed, so that all ranks agree on the step
         found = _means(sum_over_ranks(sums))
         if not math.isfinite(found["loss"]):
             raise ArithmeticError(f"the loss is {found['loss']} at step {step + 1}; lower optim.lr")
@@ -136,6 +160,7 @@ class Loop:
     def _resume(self, engine: Engine) -> int:
         found = checkpoint.newest(self.out / "checkpoints")
         if found is None:
+            self.tracker.rewind(0)
             return 0
         state, position, skipped = found
         for why in skipped if self.rank == 0 else []:

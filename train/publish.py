@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from decoding.pretrained import Pretrained
+from safetensors.torch import load_file, save_file
+
+from decoding.pretrained import DTYPES, Pretrained
 from drafters.base import write_json
 from train.worker import environment
 
@@ -40,7 +42,7 @@ class Publish:
         measured = json.loads((report / "report.json").read_text(encoding="utf-8"))
         for name in CARRIED:
             shutil.copy2(report / name, part / name)
-        self._tell_transformers(part, measured)
+        as_measured(part, measured["conditions"])
         card = self._card(part, measured, target)
         (part / "README.md").write_text(card, encoding="utf-8")
         write_json(part / "provenance.json", self._provenance(drafter, report))
@@ -49,18 +51,6 @@ class Publish:
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
         print(f"ready for the Hub: {folder} ({size / 2**20:.1f} MiB)", flush=True)
         return {"bytes": size}
-
-    def _tell_transformers(self, folder: Path, measured: dict[str, Any]) -> None:
-        """`generate(assistant_model=...)` reads the draft length from the drafter's own file."""
-        file = folder / "generation_config.json"
-        if file.is_file():
-            settings = json.loads(file.read_text(encoding="utf-8"))
-            settings |= {
-                "num_assistant_tokens": measured["conditions"]["draft_length"],
-                "num_assistant_tokens_schedule": "constant",
-                "assistant_confidence_threshold": 0.0,
-            }
-            write_json(file, settings)
 
     def _card(self, folder: Path, measured: dict[str, Any], target: Path | None) -> str:
         base = self.target.path if self.target.path and not target else None
@@ -107,6 +97,36 @@ class Publish:
             "environment": environment(),
             "target": {"path": self.target.path, "revision": self.target.revision},
         }
+
+
+def as_measured(folder: Path, conditions: dict[str, Any]) -> None:
+    """Gives the files the dtype and the draft length that were measured.
+
+    `generate(assistant_model=...)` reads the draft length from the drafter's own
+    generation_config.json, our loader from drafter.json.
+    """
+    dtype = DTYPES[conditions["dtype"]]
+    for file in folder.glob("*.safetensors"):
+        tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    _change(folder / "config.json", {"dtype": conditions["dtype"]})
+    length, stop = conditions["draft_length"], conditions["stop_below"]
+    _change(
+        folder / "generation_config.json",
+        {
+            "num_assistant_tokens": length,
+            "num_assistant_tokens_schedule": "constant",
+            "assistant_confidence_threshold": stop,
+        },
+    )
+    note = json.loads((folder / "drafter.json").read_text(encoding="utf-8"))
+    note["arguments"] |= {"draft_length": length, "stop_below": stop}
+    write_json(folder / "drafter.json", note)
+
+
+def _change(file: Path, settings: dict[str, Any]) -> None:
+    if file.is_file():
+        write_json(file, json.loads(file.read_text(encoding="utf-8")) | settings)
 
 
 def _snippet(target: str, drafter: str) -> str:

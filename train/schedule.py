@@ -18,6 +18,13 @@ class AdamW:
     weight_decay: float = 0.1
     clip: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or not 0 <= self.warmup <= 1 or not 0 <= self.floor <= 1 or self.clip <= 0:
+            raise ValueError(
+                f"optim has lr {self.lr}, warmup {self.warmup}, floor {self.floor}, clip "
+                f"{self.clip}; lr and clip must be above 0, warmup and floor shares from 0 to 1"
+            )
+
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of 0-based `step` of `steps`."""
         warm = max(1, math.ceil(self.warmup * steps))

@@ -73,7 +73,7 @@ class Tracker:
         if self.rank or not self.file.is_file():
             return
         lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        kept = [line for line in lines if _step(line) <= step]
         part = self.file.with_suffix(".part")
         part.write_text("".join(kept), encoding="utf-8")
         part.replace(self.file)
@@ -84,3 +84,11 @@ class Tracker:
                 self.run.finish()
             except Exception as error:  # see above
                 print(f"wandb did not finish: {error}", file=sys.stderr)
+
+
+def _step(line: str) -> float:
+    """The step of a line; one that a crash cut short belongs to no step that is kept."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")

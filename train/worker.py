@@ -1,5 +1,6 @@
 """One process, one stage: `python -m train.worker FOLDER` (a launcher starts it, once a rank)."""
 
+import fcntl
 import json
 import os
 import sys
@@ -7,12 +8,16 @@ import time
 import traceback
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+import torch
+from safetensors import SafetensorError
 
 from drafters.base import write_json
 from eval.controls import Failed
+from train.loop import Preempted
 
-BAD_INPUT, CHECK_FAILED, ENVIRONMENT, STOPPED = 2, 3, 4, 130
+BAD_INPUT, CHECK_FAILED, ENVIRONMENT, STOPPED, PREEMPTED = 2, 3, 4, 130, 143
 FAILED = "failed.json"
 PACKAGES = ("torch", "transformers", "datasets", "deepspeed", "safetensors", "tokenizers")
 
@@ -21,11 +26,27 @@ def main(arguments: list[str]) -> int:
     """Runs the stage described in FOLDER/stage.json; returns the exit code."""
     (place,) = [a for a in arguments if not a.startswith("--local")]
     folder = Path(place)
+    lock = _lock(folder)
+    if lock is None:
+        return _say(folder, BAD_INPUT, f"another process is at work in {folder}; let it finish")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DISABLE_TQDM_FOR_WEIGHTS", "1")
     code = _guarded(folder)
     _leave(code)
     return code
+
+
+def _lock(folder: Path) -> TextIO | None:
+    """Held as long as this process lives; None when another has it. Rank 0 locks for its job."""
+    from train.engine import ranks
+
+    stream = (folder / ".lock").open("w")
+    if ranks()[0] == 0:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return None
+    return stream
 
 
 def _guarded(folder: Path) -> int:
@@ -38,10 +59,12 @@ def _guarded(folder: Path) -> int:
         return _say(folder, BAD_INPUT, str(error))
     except (Failed, ArithmeticError) as error:
         return _say(folder, CHECK_FAILED, str(error))
-    except MemoryError:
+    except Preempted as error:
+        return _say(folder, PREEMPTED, str(error))
+    except (MemoryError, torch.OutOfMemoryError):
         said = "out of memory: lower micro_batch, batch_size or max_new_tokens"
         return _say(folder, ENVIRONMENT, said)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         return _say(folder, ENVIRONMENT, str(error))
     except KeyboardInterrupt:
         return _say(folder, STOPPED, "stopped; the same command goes on where it was")
@@ -79,8 +102,6 @@ def environment(world: int = 1) -> dict[str, Any]:
     """Versions and hardware, for provenance."""
     import platform
 
-    import torch
-
     from train.plan import processor
 
     return {
@@ -107,8 +128,6 @@ def _say(folder: Path, code: int, sentence: str) -> int:
 def _leave(code: int) -> None:
     """Ends this rank: after a barrier if all went well, and without the interpreter's own exit,
     in which gloo's threads abort about one two-process job in ten."""
-    import torch
-
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         if code == 0 and torch.distributed.get_world_size() > 1:
             torch.distributed.barrier()
