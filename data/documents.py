@@ -9,7 +9,6 @@ from data.pack import Document
 from data.rows import Row, Sample
 from data.sources import prompt_key, prompt_of
 
-FEW = 100  # conversations below which the share of unrenderable ones says little
 MOST_DROPPED = 0.05  # share of conversations that may be unrenderable before it is an error
 VALIDATION = 100  # one row in so many, by hash, measures and is never trained on
 
@@ -38,7 +37,8 @@ class Documents:
                 self.tokens += len(document.ids)
                 self.supervised += sum(document.mask)
                 yield document
-        self.complain()
+        if not validation:  # a few rows, whose share says little
+            self.complain()
 
     def _document(self, row: Row | Sample) -> Document | None:
         if "answer_ids" in row:
@@ -61,7 +61,7 @@ class Documents:
     def complain(self) -> None:
         """Raises ValueError when too many conversations were dropped."""
         dropped = sum(self.dropped.values())
-        if dropped > MOST_DROPPED * max(FEW, self.rows):
+        if dropped > MOST_DROPPED * max(1, self.rows):
             reasons = ", ".join(f"{n:,} because {why}" for why, n in self.dropped.most_common())
             raise ValueError(
                 f"{dropped:,} of {self.rows:,} conversations of {self.name} cannot be rendered "

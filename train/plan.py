@@ -70,7 +70,7 @@ def fingerprint(config: dict[str, Any], inputs: dict[str, str]) -> str:
     for cls, body in classes(config):
         sources[cls.__module__] = _source(Path(inspect.getfile(cls)))
         if hasattr(cls, "fingerprint"):
-            files[json.dumps(body, sort_keys=True)] = build(body).fingerprint()
+            files[json.dumps(_kept(body), sort_keys=True)] = build(body).fingerprint()
         if getattr(cls, "on_device", False):
             sources["device"] = device()
     whole = {"config": _kept(config), "inputs": inputs, "sources": sources, "files": files}

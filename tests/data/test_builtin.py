@@ -37,7 +37,7 @@ def test_text_is_of_bounded_size_and_enough(whole):
 def test_fingerprint():
     chat = Builtin(kind="chat").fingerprint()
     assert chat == Builtin(kind="chat").fingerprint() != Builtin(kind="text").fingerprint()
-    with pytest.raises(ValueError, match=r"kind is 'code', expected text or chat"):
+    with pytest.raises(ValueError, match=r"kind is 'code', expected text, chat or summary"):
         Builtin(kind="code")
 
 
