@@ -67,6 +67,13 @@ class Cache:
         own = allowed_BMM.gather(2, index) & (own_BW < M)[:, None, :]
         return (own | (own_BW < 0)[:, None, :])[:, None]
 
+    def causal(self, rows: int, tokens: int, device: torch.device) -> Tensor:
+        """`mask` for a pass whose tokens follow each other."""
+        if tokens == 1 and self._write is None:  # every slot is committed or the token itself
+            return torch.ones(rows, 1, 1, self._width, dtype=torch.bool, device=device)
+        tril = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+        return self.mask(tril.expand(rows, -1, -1))
+
     def keep(self, path: list[list[int]], is_chain: bool) -> None:
         """Commits, of the pass just made, the root and the nodes of each row's path."""
         if not is_chain:

@@ -123,9 +123,8 @@ class Target(nn.Module):
             taps_BSLD = hidden_BSD[:, :, None].repeat(1, 1, L, 1)
         if S > 1:
             cache.open(S - 1, ids_BS.device)
-            tril = torch.ones(S - 1, S - 1, dtype=torch.bool, device=ids_BS.device).tril()
             positions = torch.arange(S - 1, device=ids_BS.device).expand(B, S - 1)
-            mask = cache.mask(tril.expand(B, -1, -1))
+            mask = cache.causal(B, S - 1, ids_BS.device)
             out = self._states(ids_BS[:, :-1], positions, mask, cache, self.taps)
             hidden_BSD[:, 1:] = out.hidden_BTD
             if taps_BSLD is not None and out.taps_BTLD is not None:
@@ -142,13 +141,13 @@ class Target(nn.Module):
         cache.open(M, device)
         start_B1 = torch.tensor(cache.length, device=device)[:, None]
         if draft.is_chain:
-            allowed = torch.ones(M, M, dtype=torch.bool, device=device).tril().expand(B, M, M)
+            mask = cache.causal(B, M, device)
             positions_BM = start_B1 + torch.arange(M, device=device)
         else:
             parents_BN = draft.parents_BN.to(device)
-            allowed = ancestors(parents_BN)
+            mask = cache.mask(ancestors(parents_BN))
             positions_BM = start_B1 + depths(parents_BN)
-        out = self._states(ids_BM, positions_BM, cache.mask(allowed), cache, self.taps)
+        out = self._states(ids_BM, positions_BM, mask, cache, self.taps)
         return Scored(self.logits(out.hidden_BTD), out.hidden_BTD, out.taps_BTLD)
 
     @torch.inference_mode()

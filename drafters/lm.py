@@ -218,17 +218,19 @@ class LM(Trained):
         device = ids_BS.device
         cache.open(S, device)
         start_B1 = torch.tensor(cache.length, device=device)[:, None]
-        allowed = torch.ones(S, S, dtype=torch.bool, device=device).tril().expand(B, S, S)
         out = self.model.base_model(
             input_ids=ids_BS,
-            position_ids=start_B1 + torch.arange(S, device=device),
-            attention_mask=cache.mask(allowed),
+            position_ids=start_B1 if S == 1 else start_B1 + torch.arange(S, device=device),
+            attention_mask=cache.causal(B, S, device),
             past_key_values=cache,
             use_cache=True,
         )
         cache.length = [n + k for n, k in zip(cache.length, new, strict=True)]
+        hidden_BSD = out.last_hidden_state
+        if S == 1:
+            return self.model.get_output_embeddings()(hidden_BSD[:, 0])
         last = torch.tensor(new, device=device) - 1
-        hidden_BD = out.last_hidden_state[torch.arange(B, device=device), last]
+        hidden_BD = hidden_BSD[torch.arange(B, device=device), last]
         return self.model.get_output_embeddings()(hidden_BD)
 
 
