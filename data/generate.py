@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data.chat import prompt_ids, require_template, template_hash
-from data.language import Gate, language_of
+from data.language import Gated, judged_text, language_of
 from data.repetition import is_repetitive
 from data.rows import Message, Row, Sample
 from data.sources import Source, heldout, prompt_key, prompt_of
@@ -71,9 +71,9 @@ class Generate:
         """Writes artifact/shard-*.jsonl and data.json (counts and the template of origin)."""
         tokenizer = self.target.tokenizer(target)
         require_template(tokenizer, self.target.path or "the target")
-        gate = Gate(self.prompts.language, of="prompt")
-        questions = list(islice(self._questions(gate), self.limit))
-        print(f"prompts: {gate.summary()}", flush=True)
+        prompts = Gated(self.prompts, of="prompt")
+        questions = list(islice(self._questions(prompts), self.limit))
+        print(prompts.summary(), flush=True)
         folder = out / "artifact"
         folder.mkdir(parents=True, exist_ok=True)
         jobs = [(i, j) for i in range(len(questions)) for j in range(self.answers_per_prompt)]
@@ -92,14 +92,14 @@ class Generate:
                 bar.set_postfix(kept=total["kept"], tokens=total["tokens"])
         return self._finish(folder, total, tokenizer)
 
-    def _questions(self, gate: Gate) -> Iterator[Row]:
+    def _questions(self, prompts: Gated) -> Iterator[Row]:
         seen = set()
-        for row in gate(self.prompts.rows(), self.prompts.name):
+        for row in prompts:
             if "messages" not in row:
                 raise ValueError(
                     f"{self.prompts.name} gives text, expected prompts: set its prompt"
                 )
-            key = prompt_key(prompt_of(row))
+            key = prompt_key(judged_text(row, "prompt"))
             if key not in seen and not heldout(prompt_of(row)):
                 seen.add(key)
                 yield row
@@ -163,8 +163,7 @@ class Generate:
         return self.temperatures[(i + j) % len(self.temperatures)]
 
     def _write(self, file: Path, talks: list["_Talk"], model: Target, template: str) -> None:
-        revision = self.target.revision or getattr(model.model.config, "_commit_hash", None)
-        origin = {"target": model.name, "revision": revision, "template": template}
+        origin = {"target": model.name, "revision": model.revision, "template": template}
         counts: Counter[str] = Counter()
         part = file.with_suffix(".part")
         with part.open("w", encoding="utf-8") as stream:

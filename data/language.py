@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any, Literal, NamedTuple
 
 from data.rows import Row
-from data.sources import prompt_of
+from data.sources import Source, by_turns
 
 PROBE = 2_000  # rows after which the share of the language is checked
 FEW = 20  # letters below which a verdict among the languages of one script is noise
@@ -241,12 +241,26 @@ class Gate:
         return f" (median {median(lengths):,.0f} characters)" if lengths else ""
 
 
+class Gated:
+    """The rows of a source that pass, each part of it behind a gate of its own."""
+
+    def __init__(self, source: Source, of: Literal["prompt", "answer", "all"]) -> None:
+        self._gates = [(part, Gate(part.language, of=of)) for part in source.parts()]
+
+    def __iter__(self) -> Iterator[Row]:
+        return by_turns(gate(part.rows(), part.name) for part, gate in self._gates)
+
+    def summary(self) -> str:
+        """What each gate kept and dropped, a line a part."""
+        return "\n".join(f"{part.name}: {gate.summary()}" for part, gate in self._gates)
+
+
 def judged_text(row: Row, of: Literal["prompt", "answer", "all"]) -> str:
     """The part of the row that `of` names, its turns one a line; the text of a row with text."""
-    if of == "prompt" or "messages" not in row:
-        return prompt_of(row)
-    turns = [t["content"] for t in row["messages"] if of == "all" or t["role"] == "assistant"]
-    return "\n".join(turns)
+    if "messages" not in row:
+        return row["text"]
+    role = {"prompt": "user", "answer": "assistant"}.get(of)
+    return "\n".join(t["content"] for t in row["messages"] if role in (None, t["role"]))
 
 
 def _check_language(language: str | None) -> None:

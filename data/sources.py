@@ -3,7 +3,7 @@
 import hashlib
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, final
@@ -14,10 +14,11 @@ from data.rows import Row, Shape, value_of
 
 
 def prompt_of(row: Row) -> str:
-    """The user's turns, one a line; of a row without messages its text."""
+    """The user's first turn, by which rows are split, so that conversations which begin alike
+    stay on one side; of a row without messages its text."""
     if "messages" not in row:
         return row["text"]
-    return "\n".join(turn["content"] for turn in row["messages"] if turn["role"] == "user")
+    return next((turn["content"] for turn in row["messages"] if turn["role"] == "user"), "")
 
 
 def prompt_key(prompt: str) -> str:
@@ -51,6 +52,10 @@ class Source(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """64 hex digits that change when the rows do."""
+
+    def parts(self) -> "list[Source]":
+        """The sources that its rows come from, each with a language and a licence of its own."""
+        return [self]
 
 
 @final
@@ -210,7 +215,8 @@ class Mix(Source):
     """Several sources by turns: one row of each, in the order of `parts`, until all have ended.
 
     How much a part holds is not known while it streams, so the longest is alone at the end:
-    give parts a `limit` to balance them. A part that is null is absent.
+    give parts a `limit` to balance them. A part that is null is absent; each is checked for the
+    language that it names itself.
     """
 
     def __init__(self, *, parts: Mapping[str, Source | None]) -> None:
@@ -224,18 +230,26 @@ class Mix(Source):
         self.licence = ", ".join(licences) or None
 
     def rows(self) -> Iterator[Row]:
-        turns = [part.rows() for part in self._parts.values()]
-        while turns:
-            for turn in list(turns):
-                row = next(turn, None)
-                if row is None:
-                    turns.remove(turn)
-                else:
-                    yield row
+        return by_turns(part.rows() for part in self.parts())
+
+    def parts(self) -> list[Source]:
+        return [leaf for part in self._parts.values() for leaf in part.parts()]
 
     def fingerprint(self) -> str:
         named = [(name, part.fingerprint()) for name, part in self._parts.items()]
         return hashlib.sha256(repr(named).encode()).hexdigest()
+
+
+def by_turns(streams: Iterable[Iterator[Row]]) -> Iterator[Row]:
+    """One row of each stream, again and again, until all have ended."""
+    turns = list(streams)
+    while turns:
+        for turn in list(turns):
+            row = next(turn, None)
+            if row is None:
+                turns.remove(turn)
+            else:
+                yield row
 
 
 def check_limit(limit: int | None) -> int | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from decoding.cache import Cache
 from decoding.round import Draft, Seen
-from decoding.sampling import Sampling
+from decoding.sampling import Dice, Sampling
 from decoding.target import Target
 from decoding.verify import Rule, default_rule
 
@@ -104,7 +104,7 @@ def decode(
         last = torch.tensor(seen.count, device=target.device) - 1
         scored = target.score(seen.ids_BS[rows, last], draft, cache)
         judge = rule if rule and draft.law in rule.laws else default_rule(draft.law)
-        verdict = judge(scored, draft, sampling, requests, seen.length)
+        verdict = judge(scored, draft, Dice(sampling, requests, seen.length))
         seen = target.keep(draft, scored, verdict, cache)
         done.draft_seconds += drafted - before
         done.verify_seconds += clock.read() - drafted

@@ -43,6 +43,13 @@ class Pretrained:
             raise ValueError(f"target.path {self.path!r} does not exist{_near(Path(self.path))}")
         return contents_hash(self.path)
 
+    @property
+    def name(self) -> str:
+        """What reports and cards call it: a Hub id, or a folder's name without its place."""
+        if self.path is None:
+            return "the recipe's own target"
+        return self.path if _is_hub_id(self.path) else Path(self.path).resolve().name
+
     def load(self, folder: Path | None = None, dtype: str | None = None) -> Target:
         """The frozen model from `folder` (a stage's artifact) or from `path`."""
         from transformers import AutoModelForCausalLM
@@ -57,7 +64,9 @@ class Pretrained:
             )
         except OSError as error:
             raise OSError(_unreachable(place, error)) from None
-        target = Target(model, name=self.path or "the recipe's own target")
+        target = Target(model, name=self.name)
+        hub = None if folder else getattr(model.config, "_commit_hash", None)
+        target.revision = (None if folder else self.revision) or hub or contents_hash(place)
         target.to("cuda" if torch.cuda.is_available() else "cpu")
         probe(target)
         return target

@@ -87,6 +87,27 @@ class Sampling:
         return torch.from_numpy((bits >> np.uint64(32)).astype(np.float64) * 2.0**-32)
 
 
+@dataclass(frozen=True)
+class Dice:
+    """The randomness of one round: how tokens are chosen, for which requests, from which lengths.
+
+    requests: a number for each row; starts: its committed length when the round begins.
+    """
+
+    sampling: Sampling
+    requests: list[int]
+    starts: list[int]
+
+    def uniforms(self, purpose: Purpose, n: int) -> Tensor:
+        """n numbers for each row, [B, n]; see `Sampling.uniforms`."""
+        return self.sampling.uniforms(purpose, self.requests, self.starts, n)
+
+    def next(self, depth_BM: Tensor) -> Tensor:
+        """The numbers that decide the target's own tokens `depth` places after the root, [B, M]."""
+        positions_BM = torch.tensor(self.starts)[:, None] + depth_BM.cpu()
+        return self.sampling.uniforms_at(self.requests, positions_BM)
+
+
 def _mix(x: np.ndarray) -> np.ndarray:
     """splitmix64's finaliser (Steele, Lea, Flood 2014) after its golden-ratio step."""
     with np.errstate(over="ignore"):

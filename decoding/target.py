@@ -70,6 +70,7 @@ class Target(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.name = name
+        self.revision: str | None = None  # of the Hub, or a hash of the files it was loaded from
         self.taps = taps
         self.shape = Shape.of(model.config)
         self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)

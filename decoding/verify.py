@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from decoding.round import Draft, Scored, Verdict
-from decoding.sampling import Purpose, Sampling, draw
+from decoding.sampling import Dice, Purpose, Sampling, draw
 from decoding.tree import depths
 
 
@@ -21,27 +21,12 @@ class Rule(ABC):
     lossless: bool
     laws: frozenset[str]
 
-    def __call__(
-        self,
-        scored: Scored,
-        draft: Draft,
-        sampling: Sampling,
-        requests: list[int],
-        starts: list[int],
-    ) -> Verdict:
-        """`requests` and `starts` (committed lengths) key the randomness, as in Sampling."""
+    def __call__(self, scored: Scored, draft: Draft, dice: Dice) -> Verdict:
         assert draft.law in self.laws, f"{self.name} is not exact for drafts of law {draft.law}"
-        return self._verify(scored.logits_BMV, draft, sampling, requests, starts)
+        return self._verify(scored.logits_BMV, draft, dice)
 
     @abstractmethod
-    def _verify(
-        self,
-        logits_BMV: Tensor,
-        draft: Draft,
-        sampling: Sampling,
-        requests: list[int],
-        starts: list[int],
-    ) -> Verdict: ...
+    def _verify(self, logits_BMV: Tensor, draft: Draft, dice: Dice) -> Verdict: ...
 
 
 class OneHot(Rule):
@@ -56,20 +41,12 @@ class OneHot(Rule):
     lossless = True
     laws = frozenset({"one_hot"})
 
-    def _verify(
-        self,
-        logits_BMV: Tensor,
-        draft: Draft,
-        sampling: Sampling,
-        requests: list[int],
-        starts: list[int],
-    ) -> Verdict:
-        if sampling.greedy:
+    def _verify(self, logits_BMV: Tensor, draft: Draft, dice: Dice) -> Verdict:
+        if dice.sampling.greedy:
             choice_BM = logits_BMV.argmax(-1)
         else:
-            positions_BM = torch.tensor(starts)[:, None] + depths(draft.parents_BN.cpu())
-            u_BM = sampling.uniforms_at(requests, positions_BM)
-            choice_BM = draw(sampling.law(logits_BMV), u_BM)
+            u_BM = dice.next(depths(draft.parents_BN))
+            choice_BM = draw(dice.sampling.law(logits_BMV), u_BM)
         return _walk(choice_BM.tolist(), draft)
 
 
@@ -80,21 +57,14 @@ class Chain(Rule):
     lossless = True
     laws = frozenset({"iid"})
 
-    def _verify(
-        self,
-        logits_BMV: Tensor,
-        draft: Draft,
-        sampling: Sampling,
-        requests: list[int],
-        starts: list[int],
-    ) -> Verdict:
-        p_BMV, q_BNV, N = _laws(logits_BMV, draft, sampling)
-        u_BN = sampling.uniforms(Purpose.ACCEPT, requests, starts, N).to(p_BMV.device)
+    def _verify(self, logits_BMV: Tensor, draft: Draft, dice: Dice) -> Verdict:
+        p_BMV, q_BNV, N = _laws(logits_BMV, draft, dice.sampling)
+        u_BN = dice.uniforms(Purpose.ACCEPT, N).to(p_BMV.device)
         px_BN, qx_BN = _chosen(p_BMV, draft), _chosen(q_BNV, draft)
         stands_BN = (u_BN * qx_BN < px_BN).cumprod(dim=1).tolist()
         count = [sum(row[:n]) for row, n in zip(stands_BN, draft.size, strict=True)]
         weight_B = torch.ones(len(count), 1, device=p_BMV.device)
-        return _finish(p_BMV, q_BNV, weight_B, draft, count, sampling, requests, starts)
+        return _finish(p_BMV, q_BNV, weight_B, draft, count, dice)
 
 
 class Block(Rule):
@@ -109,15 +79,8 @@ class Block(Rule):
     lossless = True
     laws = frozenset({"iid"})
 
-    def _verify(
-        self,
-        logits_BMV: Tensor,
-        draft: Draft,
-        sampling: Sampling,
-        requests: list[int],
-        starts: list[int],
-    ) -> Verdict:
-        p_BMV, q_BNV, N = _laws(logits_BMV, draft, sampling)
+    def _verify(self, logits_BMV: Tensor, draft: Draft, dice: Dice) -> Verdict:
+        p_BMV, q_BNV, N = _laws(logits_BMV, draft, dice.sampling)
         B = p_BMV.shape[0]
         ratio_BN = _chosen(p_BMV, draft) / _chosen(q_BNV, draft)
         pi_BM = torch.ones(B, N + 1, dtype=ratio_BN.dtype, device=p_BMV.device)
@@ -130,7 +93,7 @@ class Block(Rule):
         slack_BN = surplus_BN + 1 - pi_BM[:, 1:]
         # no slack and no surplus: p = q behind position i, so any h_i is exact; 1 keeps most
         h_BN = torch.where(slack_BN > 0, surplus_BN / slack_BN, 1.0)
-        u_BN = sampling.uniforms(Purpose.ACCEPT, requests, starts, N).to(h_BN.device)
+        u_BN = dice.uniforms(Purpose.ACCEPT, N).to(h_BN.device)
         count = []
         for b, n in enumerate(draft.size):
             if n:
@@ -138,7 +101,7 @@ class Block(Rule):
             success = (u_BN[b, :n] < h_BN[b, :n]).nonzero()
             count.append(int(success[-1]) + 1 if len(success) else 0)
         weight_B = pi_BM.gather(1, torch.tensor(count, device=pi_BM.device)[:, None])
-        return _finish(p_BMV, q_BNV, weight_B, draft, count, sampling, requests, starts)
+        return _finish(p_BMV, q_BNV, weight_B, draft, count, dice)
 
 
 def default_rule(law: str) -> Rule:
@@ -179,9 +142,7 @@ def _finish(
     weight_B1: Tensor,
     draft: Draft,
     count: list[int],
-    sampling: Sampling,
-    requests: list[int],
-    starts: list[int],
+    dice: Dice,
 ) -> Verdict:
     """Draws each row's next token: p after a whole draft, else norm((weight * p - q)+)."""
     rows = torch.arange(len(count), device=p_BMV.device)
@@ -193,6 +154,5 @@ def _finish(
         rest = (weight_B1[index] * law_BV[index] - q_BNV[index, at[index]]).clamp(min=0)
         # rounding can leave nothing of a residual; p is then its limit
         law_BV[index] = torch.where(rest.sum(-1, keepdim=True) > 0, rest, law_BV[index])
-    positions_B1 = (torch.tensor(starts) + torch.tensor(count))[:, None]
-    u_B = sampling.uniforms_at(requests, positions_B1)[:, 0]
+    u_B = dice.next(torch.tensor(count)[:, None])[:, 0]
     return Verdict([list(range(n)) for n in count], draw(law_BV, u_B).tolist())

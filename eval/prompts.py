@@ -8,7 +8,7 @@ from typing import Any
 
 from data.chat import prompt_ids
 from data.generate import read
-from data.language import Gate
+from data.language import Gated
 from data.sources import Row, Source, heldout, prompt_key, prompt_of
 
 SEARCHED = 20_000  # distinct prompts of a source among which a limit takes its sample
@@ -69,9 +69,8 @@ def collect(
 
 
 def _distinct(source: Source, heldout_only: bool) -> Iterator[Row]:
-    gate = Gate(source.language, of="prompt")
     seen: set[str] = set()
-    for row in gate(source.rows(), source.name):
+    for row in Gated(source, of="prompt"):
         if "messages" not in row:
             raise ValueError(f"{source.name} gives text, expected prompts: set its prompt")
         key = prompt_key(prompt_of(row))

@@ -16,7 +16,7 @@ from data import pack
 from data.chat import require_same_tokenizer
 from data.documents import Documents, is_validation
 from data.generate import read
-from data.language import Gate
+from data.language import Gated
 from data.rows import Row, Sample
 from data.sources import Source, heldout, prompt_of
 from decoding.pretrained import Pretrained, contents_hash
@@ -120,13 +120,13 @@ def rows_of(source: Source | None, generated: Path | None) -> tuple[Iterable[Row
 
 
 def _gated(source: Source) -> Iterator[Row]:
-    gate = Gate(source.language, of="all")
+    rows = Gated(source, of="all")
     try:
-        for row in gate(source.rows(), source.name):
+        for row in rows:
             if "messages" not in row or not heldout(prompt_of(row)):
                 yield row
     finally:  # also when the reader has enough before the source ends
-        print(f"{source.name}: {gate.summary()}", flush=True)
+        print(rows.summary(), flush=True)
 
 
 def prepare(

@@ -1,7 +1,7 @@
 """What a stage will take, before it takes it: parameters, tokens, steps, memory, disk, hours.
 
-Rough by design: memory and disk within a factor of two, hours from a half-second probe of the
-machine's matrix products. Step D of the project narrows them.
+Rough by design: memory and disk within a factor of two, hours from half-second probes of the
+machine's matrix products and memory. Step D of the project narrows them.
 """
 
 import functools
@@ -26,6 +26,8 @@ TRAINED_BYTES = 16  # a trained parameter: bf16 weight and gradient, fp32 master
 STATE_BYTES = 12  # a parameter in a checkpoint: fp32 weight and two moments
 ACTIVATIONS = 34  # bytes a token, layer and unit of width that a training step keeps (bf16)
 EFFICIENCY = 0.35  # share of the probe's speed that training reached here
+LAYER_SECONDS = 4e-4  # of a pass however small the layer: Python and kernel starts, on a CPU here
+BASE = 6 * 2**25  # bytes of a process before it holds any weight
 ROW_BYTES = 12  # a generated token in JSON lines: its id, its text and the row's share
 
 
@@ -97,7 +99,7 @@ def estimate(stage: Planned, shape: Shape | None) -> Estimate:
     if isinstance(made, Generate):
         return _generating(made, shape)
     if isinstance(made, Bench):
-        return Estimate(f"{len(made.prompts)} task(s), up to {made.limit} prompts each")
+        return _measuring(made, shape)
     return Estimate("")
 
 
@@ -112,7 +114,7 @@ def _training(
         f"{parameters:,} parameters" + (f", reads a target of {target:,}" if target else ""),
         tokens=positions,
         steps=plan.steps,
-        memory=parameters * TRAINED_BYTES + 2 * target + activations + 6 * 2**25,
+        memory=parameters * TRAINED_BYTES + 2 * target + activations + BASE,
         disk=positions * PACKED_BYTES + parameters * (3 * STATE_BYTES + 4),
         seconds=flops / (matrix_speed(plan.dtype) * EFFICIENCY),
     )
@@ -125,11 +127,37 @@ def _generating(made: Generate, shape: Shape | None) -> Estimate:
     cache = shape.layers * 2 * shape.kv_heads * (shape.head_dim or 64) * 2
     held = made.batch_size * (made.max_new_tokens + made.max_prompt_tokens) * cache
     return Estimate(
-        "at most" if most else "as many prompts as the source has",
+        f"at most {made.limit * made.answers_per_prompt:,} answers"
+        if made.limit
+        else "every prompt",
         tokens=most,
-        memory=2 * shape.parameters() + held,
+        memory=2 * shape.parameters() + held + BASE,
         disk=most * ROW_BYTES if most else None,
+        seconds=decoding_seconds(shape, most / made.batch_size, made.batch_size) if most else None,
     )
+
+
+def _measuring(made: Bench, shape: Shape | None) -> Estimate:
+    prompts = len(made.prompts) * made.limit
+    said = f"{len(made.prompts)} task(s), at most {prompts:,} prompts"
+    if shape is None:
+        return Estimate(said)
+    arms = 2 + len(made.baselines)
+    answers = prompts * made.repeats * len(made.temperatures) * arms * made.max_new_tokens
+    return Estimate(
+        said,
+        memory=4 * shape.parameters() + BASE,  # controls hold the target in fp32
+        seconds=sum(decoding_seconds(shape, answers / b, b) for b in made.batch_sizes),
+    )
+
+
+def decoding_seconds(shape: Shape, passes: float, rows: int) -> float:
+    """Seconds of `passes` target passes over one token of each of `rows` requests: the longest of
+    reading the weights, multiplying them, and starting the kernels."""
+    parameters = shape.parameters()
+    reading = 2 * parameters / memory_speed()
+    multiplying = 2 * parameters * rows / (matrix_speed("bfloat16") * EFFICIENCY)
+    return passes * max(reading, multiplying, shape.layers * LAYER_SECONDS)
 
 
 @functools.cache
@@ -145,6 +173,18 @@ def matrix_speed(dtype: str) -> float:
             torch.cuda.synchronize()
         count += 1
     return count * 2 * 1024**3 / (time.perf_counter() - begin)
+
+
+@functools.cache
+def memory_speed() -> float:
+    """Bytes a second that this machine reads, measured now by summing 64 MiB."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.ones(2**24, device=device)
+    begin, count = time.perf_counter(), 0
+    while time.perf_counter() - begin < 0.2:
+        a.sum().item()
+        count += 1
+    return count * 2**26 / (time.perf_counter() - begin)
 
 
 def show(name: str, config: dict[str, Any], stages: list[Planned]) -> None:
@@ -167,8 +207,8 @@ def show(name: str, config: dict[str, Any], stages: list[Planned]) -> None:
             print("    needs " + ", ".join(f"{k} from {v}" for k, v in stage.needs.items()))
         print(f"    {_sentence(found)}")
     print(
-        f"\nin all: about {_bytes(total.disk or 0)} of disk and {_time(total.seconds or 0)} of "
-        "training; generate and bench come on top"
+        f"\nin all: about {_bytes(total.disk or 0)} of disk and {_time(total.seconds or 0)}, with "
+        "every answer of generate and bench as long as it may be"
     )
 
 

@@ -43,20 +43,28 @@ class Publish:
         for name in CARRIED:
             shutil.copy2(report / name, part / name)
         as_measured(part, measured["conditions"])
-        card = self._card(part, measured, target)
+        provenance = self._provenance(drafter, report)
+        card = self._card(part, measured, provenance, target)
         (part / "README.md").write_text(card, encoding="utf-8")
-        write_json(part / "provenance.json", self._provenance(drafter, report))
+        write_json(part / "provenance.json", provenance)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
         print(f"ready for the Hub: {folder} ({size / 2**20:.1f} MiB)", flush=True)
         return {"bytes": size}
 
-    def _card(self, folder: Path, measured: dict[str, Any], target: Path | None) -> str:
-        base = self.target.path if self.target.path and not target else None
+    def _card(
+        self,
+        folder: Path,
+        measured: dict[str, Any],
+        provenance: dict[str, Any],
+        target: Path | None,
+    ) -> str:
+        name = self.target.name
+        base = name if name == self.target.path and not target else None  # a Hub id
         head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
         head += [f"license: {self.licence}", "language:", *(f"- {code}" for code in self.language)]
-        if base and "/" in base and not Path(base).is_absolute():
+        if base:
             head += [f"base_model: {base}"]
         head += ["tags:", "- speculative-decoding", "- draft-model", "---"]
         lossless = (
@@ -64,7 +72,6 @@ class Publish:
             "ones follow its law. What was checked stands under Controls."
         )
         body = (folder / "report.md").read_text(encoding="utf-8")
-        name = base or "the target that the recipe trains"
         return "\n".join(
             [
                 *head,
@@ -78,6 +85,10 @@ class Publish:
                 "",
                 _snippet(base or "path/to/target", self.repository),
                 "",
+                "## What it was trained on",
+                "",
+                *_data_lines(provenance),
+                "",
                 "## What was measured",
                 "",
                 body,
@@ -85,18 +96,68 @@ class Publish:
         )
 
     def _provenance(self, drafter: Path, report: Path) -> dict[str, Any]:
-        def stage(artifact: Path) -> dict[str, Any]:
-            note = json.loads((artifact.parent / "stage.json").read_text(encoding="utf-8"))
-            return {"name": note["name"], "fingerprint": note["fingerprint"]} | {
-                "config": note["config"]
-            }
-
+        stages: dict[str, dict[str, Any]] = {}
+        _trace(drafter, stages)
+        _trace(report, stages)
         return {
-            "drafter": stage(drafter),
-            "bench": stage(report),
+            "stages": stages,
             "environment": environment(),
-            "target": {"path": self.target.path, "revision": self.target.revision},
+            "target": {"name": self.target.name, "revision": self.target.revision},
         }
+
+
+def _trace(artifact: Path, stages: dict[str, dict[str, Any]]) -> None:
+    """Adds the stage that made the artifact, after those that it was made from."""
+    note = json.loads((artifact.parent / "stage.json").read_text(encoding="utf-8"))
+    for source in note["inputs"].values():
+        _trace(Path(source), stages)
+    stages[note["name"]] = {
+        "fingerprint": note["fingerprint"],
+        "needs": {name: Path(place).parent.name for name, place in note["inputs"].items()},
+        "config": _without_folders(note["config"]),
+    }
+
+
+def _without_folders(config: Any) -> Any:
+    """The configuration with absolute paths cut to their names: the rest is this machine's."""
+    if isinstance(config, dict):
+        return {key: _without_folders(value) for key, value in config.items()}
+    if isinstance(config, list):
+        return [_without_folders(item) for item in config]
+    if isinstance(config, str) and Path(config).is_absolute():
+        return Path(config).name
+    return config
+
+
+def _data_lines(provenance: dict[str, Any]) -> list[str]:
+    """A line for each source that a stage before the measurement read, with its licence."""
+    lines = []
+    for stage, body in provenance["stages"].items():
+        if body["config"]["_target_"] == "eval.bench.Bench":
+            continue
+        for source in sources_in(body["config"]):
+            said = source.get("licence") or "not stated"
+            lines.append(f"- {stage}: {_called(source)} (licence: {said})")
+    return lines
+
+
+def sources_in(config: Any) -> list[dict[str, Any]]:
+    """The configurations of sources in a stage's, those inside a Mix one by one."""
+    if isinstance(config, list):
+        return [found for item in config for found in sources_in(item)]
+    if not isinstance(config, dict):
+        return []
+    if config.get("_target_") in ("data.sources.Local", "data.sources.Hub", "data.builtin.Builtin"):
+        return [config]
+    return [found for value in config.values() for found in sources_in(value)]
+
+
+def _called(source: dict[str, Any]) -> str:
+    if "files" in source:
+        return ", ".join(source["files"])
+    if "path" in source:
+        return " ".join(p for p in (source["path"], source.get("name"), source.get("split")) if p)
+    return f"Python's own {source['kind']} text"
 
 
 def as_measured(folder: Path, conditions: dict[str, Any]) -> None:

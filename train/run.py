@@ -23,8 +23,11 @@ def run_recipe(name: str, config: dict[str, Any]) -> tuple[int, float | None]:
     try:
         root = Path(str(config["output_dir"] or "outputs")).resolve()
         bind(config["launch"], "launch")
-        build(config["launch"])
+        launch: Launch = build(config["launch"])
         stages = plan(config, root)
+        for stage in stages:
+            if stage.config["_target_"] in SEVERAL_RANKS:
+                build(stage.config).schedule.micro(launch.ranks)  # refuses what cannot be shared
         if config["plan"]:
             from train.estimate import show
 
@@ -36,7 +39,7 @@ def run_recipe(name: str, config: dict[str, Any]) -> tuple[int, float | None]:
             view(config, stages)
             return 0, None
         _writable(root)
-        return _run(name, config, stages, root)
+        return _run(name, launch, stages, root)
     except ValueError as error:
         return _say(BAD_INPUT, error), None
     except OSError as error:
@@ -45,10 +48,7 @@ def run_recipe(name: str, config: dict[str, Any]) -> tuple[int, float | None]:
         return _say(130, "stopped; the same command goes on where it was"), None
 
 
-def _run(
-    name: str, config: dict[str, Any], stages: list[Planned], root: Path
-) -> tuple[int, float | None]:
-    launch: Launch = build(config["launch"])
+def _run(name: str, launch: Launch, stages: list[Planned], root: Path) -> tuple[int, float | None]:
     write_json(root / f"{name}.json", {s.name: str(s.folder) for s in stages})
     for number, stage in enumerate(stages, 1):
         head = f"[{number}/{len(stages)}] {stage.name}"

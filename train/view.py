@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data.generate import Generate
-from data.language import Gate
+from data.language import Gated
 from data.sources import prompt_of
 from data.view import examples
 from train.base import BaseTarget
@@ -41,9 +41,8 @@ def _documents(made: Distill | BaseTarget, stage: Planned, tokenizer: Any) -> No
 
 
 def _prompts(made: Generate) -> None:
-    gate = Gate(made.prompts.language, of="prompt")
     print(f"asks, of {made.prompts.name}:")
-    for row in islice(gate(made.prompts.rows(), made.prompts.name), PROMPTS):
+    for row in islice(Gated(made.prompts, of="prompt"), PROMPTS):
         print("  " + prompt_of(row).replace("\n", "\n    "))
 
 

@@ -91,11 +91,22 @@ def _run(folder: Path) -> None:
         write_json(folder / "environment.json", environment(world))
     begin = time.time()
     inputs = {name: Path(path) for name, path in note["inputs"].items()}
-    metrics = stage.run(folder, **inputs)
+    try:
+        metrics = stage.run(folder, **inputs)
+    finally:
+        if rank == 0:
+            spent = _spend(folder, time.time() - begin)
     if rank == 0:
-        metrics = {**metrics, "seconds": time.time() - begin}
-        write_json(folder / "result.json", metrics)
+        write_json(folder / "result.json", {**metrics, "seconds": spent})
         (folder / "DONE").write_text("", encoding="utf-8")
+
+
+def _spend(folder: Path, seconds: float) -> float:
+    """Seconds of work in all starts of this stage, this one's added."""
+    file = folder / "seconds.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else 0.0
+    write_json(file, before + seconds)
+    return before + seconds
 
 
 def environment(world: int = 1) -> dict[str, Any]:

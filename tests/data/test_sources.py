@@ -143,7 +143,7 @@ def test_messages(tmp_path):
     rows = list(Local(files=[path], messages="m").rows())
     assert rows[0] == rows[1] == {"messages": records[0]["m"]}
     assert [turn["role"] for turn in rows[2]["messages"]] == ["user", "user"]
-    assert [prompt_of(row) for row in rows] == ["hi", "hi", "first\nsecond", ""]
+    assert [prompt_of(row) for row in rows] == ["hi", "hi", "first", ""]
 
 
 def test_fingerprint_is_of_content_and_reading_not_of_names(tmp_path):

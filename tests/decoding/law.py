@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from decoding.cache import Cache
 from decoding.round import Draft, Scored, Seen
-from decoding.sampling import Purpose, Sampling
+from decoding.sampling import Dice, Purpose, Sampling
 from decoding.target import Shape, Target
 from decoding.verify import Rule
 from drafters.lm import LM, LMState
@@ -176,7 +176,7 @@ class Enumerator:
         cache = self.target.new_cache(len(requests), 1)
         cache.length = [0] * len(requests)
         scored = self.target.score(branches.context, draft, cache)
-        verdict = self.rule(scored, draft, chosen, requests, [1] * len(requests))
+        verdict = self.rule(scored, draft, Dice(chosen, requests, [1] * len(requests)))
         seen = self.target.keep(draft, scored, verdict, cache)
         pairs = zip(seen.ids_BS.tolist(), seen.count, strict=True)
         return [tuple(ids[:count]) for ids, count in pairs]

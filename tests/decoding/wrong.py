@@ -51,12 +51,11 @@ class DropsTrigger:
 
 
 class _WrongResidual(Chain):
-    def _verify(self, logits_BMV, draft, sampling, requests, starts) -> Verdict:
-        verdict = super()._verify(logits_BMV, draft, sampling, requests, starts)
-        p_BMV = sampling.law(logits_BMV)
+    def _verify(self, logits_BMV, draft, dice) -> Verdict:
+        verdict = super()._verify(logits_BMV, draft, dice)
+        p_BMV = dice.sampling.law(logits_BMV)
         count = [len(path) for path in verdict.path]
-        places = (torch.tensor(starts) + torch.tensor(count))[:, None]
-        u_B = sampling.uniforms_at(requests, places)[:, 0]
+        u_B = dice.next(torch.tensor(count)[:, None])[:, 0]
         following = list(verdict.next)
         for b, n in enumerate(count):
             if n < draft.size[b]:
@@ -82,13 +81,13 @@ class SoftmaxOfResidual(_WrongResidual):
 class BlockForgetsWeight(Block):
     """Draws from norm((p - q)+) where block verification needs norm((pi p - q)+)."""
 
-    def _verify(self, logits_BMV, draft, sampling, requests, starts) -> Verdict:
+    def _verify(self, logits_BMV, draft, dice) -> Verdict:
         import decoding.verify as verify
 
         true = verify._finish
         verify._finish = lambda p, q, weight, *rest: true(p, q, torch.ones_like(weight), *rest)
         try:
-            return super()._verify(logits_BMV, draft, sampling, requests, starts)
+            return super()._verify(logits_BMV, draft, dice)
         finally:
             verify._finish = true
 
