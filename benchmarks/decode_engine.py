@@ -10,6 +10,7 @@ Plain: our loop without a drafter against `generate`. Speculative: our loop agai
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from benchmarks.arms import interval, ratio, source, told
 from decoding.loop import decode
 from decoding.pretrained import DTYPES, Pretrained
 from decoding.sampling import Sampling
+from decoding.target import Target
 from drafters.base import cast, load, write_json
 from eval.prompts import collect
 from train.compose import resolvers
@@ -28,6 +30,34 @@ from train.worker import environment
 
 
 def main() -> None:
+    asked = arguments()
+    resolvers()
+    spec = Pretrained(path=asked.target, dtype=asked.dtype)
+    target, tokenizer = spec.load(), spec.tokenizer()
+    prompts, _ = collect(
+        {asked.data: source(asked.data)}, tokenizer, limit=asked.prompts, most_tokens=256,
+        heldout_only=False, trained_on=None,
+    )  # fmt: skip
+    arms = engines(asked, target)
+    seconds = {name: np.zeros(len(prompts)) for name in arms}
+    tokens = {name: np.zeros(len(prompts)) for name in arms}
+    for arm in arms.values():  # warm-up
+        arm(prompts[0].ids)
+    for i, prompt in enumerate(tqdm(prompts, mininterval=5)):
+        for _ in range(asked.repeats):
+            for name, arm in arms.items():
+                begin = time.perf_counter()
+                tokens[name][i] += arm(prompt.ids)
+                seconds[name][i] += time.perf_counter() - begin
+    report = summarise(seconds, tokens) | {
+        "conditions": told(asked),
+        "note": "every answer is run to the full length: end tokens are ignored on both sides",
+    }
+    print(json.dumps(report, indent=1))
+    write_json(Path(f"{asked.out}.json"), report | {"environment": environment()})
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", required=True)
     parser.add_argument("--drafter", required=True, type=Path)
@@ -38,20 +68,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--out", default="benchmarks/results/decode_engine")
-    asked = parser.parse_args()
-    resolvers()
-    spec = Pretrained(path=asked.target, dtype=asked.dtype)
-    target, tokenizer = spec.load(), spec.tokenizer()
+    return parser.parse_args()
+
+
+def engines(asked: argparse.Namespace, target: Target) -> dict[str, Callable[[list[int]], int]]:
+    """The four arms: each answers a prompt and returns the number of new tokens."""
     ours = cast(load(asked.drafter, target.shape), target.dtype)
     ours.draft_length = asked.draft_length
     theirs = AutoModelForCausalLM.from_pretrained(asked.drafter, dtype=DTYPES[asked.dtype])
     theirs.generation_config.num_assistant_tokens = asked.draft_length
     theirs.generation_config.num_assistant_tokens_schedule = "constant"
     theirs.generation_config.assistant_confidence_threshold = 0.0
-    prompts, _ = collect(
-        {asked.data: source(asked.data)}, tokenizer, limit=asked.prompts, most_tokens=256,
-        heldout_only=False, trained_on=None,
-    )  # fmt: skip
 
     def generate(ids: list[int], assistant: object) -> int:
         inputs = torch.tensor([ids])
@@ -69,38 +96,24 @@ def main() -> None:
             end_ids=frozenset(),
         ).tokens  # fmt: skip
 
-    arms = {
+    return {
         "ours, plain": lambda ids: loop(ids, None),
         "transformers, plain": lambda ids: generate(ids, None),
         "ours, speculative": lambda ids: loop(ids, ours),
         "transformers, speculative": lambda ids: generate(ids, theirs),
     }
-    seconds = {name: np.zeros(len(prompts)) for name in arms}
-    tokens = {name: np.zeros(len(prompts)) for name in arms}
-    for arm in arms.values():
-        arm(prompts[0].ids)
-    for i, prompt in enumerate(tqdm(prompts, mininterval=5)):
-        for _ in range(asked.repeats):
-            for name, arm in arms.items():
-                begin = time.perf_counter()
-                tokens[name][i] += arm(prompt.ids)
-                seconds[name][i] += time.perf_counter() - begin
-    n = len(prompts)
+
+
+def summarise(seconds: dict[str, np.ndarray], tokens: dict[str, np.ndarray]) -> dict:
+    """Milliseconds a token of each arm and the two ratios, bootstrapped over prompts."""
+    n = len(next(iter(seconds.values())))
     weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=10_000)
-    cost = {name: ratio(seconds[name], tokens[name], weights) for name in arms}
-    report = {
-        "milliseconds_per_token": {k: interval(v * 1000) for k, v in cost.items()},
-        "plain: transformers' time / ours": interval(
-            cost["transformers, plain"] / cost["ours, plain"]
-        ),
-        "speculative: transformers' time / ours": interval(
-            cost["transformers, speculative"] / cost["ours, speculative"]
-        ),
-        "conditions": told(asked),
-        "note": "every answer is run to the full length: end tokens are ignored on both sides",
-    }
-    print(json.dumps(report, indent=1))
-    write_json(Path(f"{asked.out}.json"), report | {"environment": environment()})
+    cost = {name: ratio(seconds[name], tokens[name], weights) for name in seconds}
+    report: dict = {"milliseconds_per_token": {k: interval(v * 1000) for k, v in cost.items()}}
+    for how in ("plain", "speculative"):
+        times = cost[f"transformers, {how}"] / cost[f"ours, {how}"]
+        report[f"{how}: transformers' time / ours"] = interval(times)
+    return report
 
 
 if __name__ == "__main__":

@@ -85,16 +85,15 @@ def ours(asked: argparse.Namespace) -> dict:
         drafter, dtype="bfloat16", zero_stage=1, micro_batch=asked.batch, accumulation=1,
         clip=1.0, betas=(0.9, 0.95), weight_decay=0.1,
     )  # fmt: skip
-    objective, begin, loss_value = ForwardKL(), 0.0, 0.0
+    objective, begin = ForwardKL(), 0.0
     for step in range(asked.steps + WARM):
         if step == WARM:
             begin = time.perf_counter()
         batch = packed.batch(rows(step, asked, packed))
         loss, metrics = engine(batch, target, objective)
-        loss_value = float(loss.detach() / metrics["tokens"])
         engine.backward(loss / metrics["tokens"])
         engine.step(1e-3)
-    return result(asked, packed, begin, loss_value)
+    return result(asked, packed, begin, reached(drafter, target, packed, asked))
 
 
 def trainer(asked: argparse.Namespace) -> dict:
@@ -104,7 +103,7 @@ def trainer(asked: argparse.Namespace) -> dict:
     from decoding.target import document_mask
 
     target, drafter, packed = load(asked)
-    clock = {"begin": 0.0, "loss": 0.0}
+    clock = {"begin": 0.0}
 
     class Distillation(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, **_):
@@ -115,9 +114,11 @@ def trainer(asked: argparse.Namespace) -> dict:
             with torch.no_grad():
                 p = target.model(**said).logits[:, :-1].float().log_softmax(-1)
             keep = batch.mask_BT[:, 1:]
-            loss = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)[keep].mean()
-            clock["loss"] = float(loss.detach())
-            return loss
+            return F.kl_div(q, p, log_target=True, reduction="none").sum(-1)[keep].mean()
+
+    class InOrder(Distillation):  # the same sequences in the same steps as our side
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
 
     class Clock(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
@@ -135,24 +136,36 @@ def trainer(asked: argparse.Namespace) -> dict:
         settings = TrainingArguments(
             folder, per_device_train_batch_size=1, max_steps=asked.steps + WARM, bf16=True,
             use_cpu=not torch.cuda.is_available(), learning_rate=1e-3, weight_decay=0.1,
+            adam_beta2=0.95,
             lr_scheduler_type="constant", save_strategy="no", report_to=[], disable_tqdm=True,
             remove_unused_columns=False, dataloader_num_workers=0, logging_strategy="no",
         )  # fmt: skip
-        Distillation(
+        InOrder(
             drafter.model, settings, train_dataset=Rows(), callbacks=[Clock()],
             data_collator=lambda items: {"batch": items[0]},
         ).train()  # fmt: skip
-    return result(asked, packed, clock["begin"], clock["loss"])
+    return result(asked, packed, clock["begin"], reached(drafter, target, packed, asked))
 
 
 def rows(step: int, asked: argparse.Namespace, packed: Packed) -> list[int]:
     return [(step * asked.batch + i) % len(packed) for i in range(asked.batch)]
 
 
+@torch.no_grad()
+def reached(drafter: LM, target: Target, packed: Packed, asked: argparse.Namespace) -> float:
+    """Forward KL a token on the last sequences, which neither side has trained on."""
+    from train.objectives import ForwardKL
+
+    batch = packed.batch(list(range(len(packed) - asked.batch, len(packed))))
+    with torch.autocast(target.device.type, torch.bfloat16):
+        loss, metrics = drafter.eval()(batch, target, ForwardKL())
+    return float(loss / metrics["tokens"])
+
+
 def result(asked: argparse.Namespace, packed: Packed, begin: float, loss: float) -> dict:
     seconds = time.perf_counter() - begin
     positions = asked.steps * asked.batch * packed.length
-    return {"tokens_per_second": positions / seconds, "peak_mib": peak(), "last_loss": loss}
+    return {"tokens_per_second": positions / seconds, "peak_mib": peak(), "loss_reached": loss}
 
 
 if __name__ == "__main__":
