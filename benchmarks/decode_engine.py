@@ -28,6 +28,8 @@ from eval.prompts import collect
 from train.compose import resolvers
 from train.worker import environment
 
+Arm = Callable[[list[int]], list[int]]
+
 
 def main() -> None:
     asked = arguments()
@@ -43,13 +45,21 @@ def main() -> None:
     tokens = {name: np.zeros(len(prompts)) for name in arms}
     for arm in arms.values():  # warm-up
         arm(prompts[0].ids)
+    answers = {name: [] for name in arms}
     for i, prompt in enumerate(tqdm(prompts, mininterval=5)):
-        for _ in range(asked.repeats):
+        for repeat in range(asked.repeats):
             for name, arm in arms.items():
                 begin = time.perf_counter()
-                tokens[name][i] += arm(prompt.ids)
+                answer = arm(prompt.ids)
                 seconds[name][i] += time.perf_counter() - begin
+                tokens[name][i] += len(answer)
+                if repeat == 0:
+                    answers[name].append(answer)
     report = summarise(seconds, tokens) | {
+        "prompts whose answer is transformers' plain one": {
+            name: sum(map(list.__eq__, mine, answers["transformers, plain"])) / len(prompts)
+            for name, mine in answers.items()
+        },
         "conditions": told(asked),
         "note": "every answer is run to the full length: end tokens are ignored on both sides",
     }
@@ -71,30 +81,31 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def engines(asked: argparse.Namespace, target: Target) -> dict[str, Callable[[list[int]], int]]:
-    """The four arms: each answers a prompt and returns the number of new tokens."""
+def engines(asked: argparse.Namespace, target: Target) -> dict[str, Arm]:
+    """The four arms: each answers a prompt and returns the new tokens."""
     ours = cast(load(asked.drafter, target.shape), target.dtype)
     ours.draft_length = asked.draft_length
     theirs = AutoModelForCausalLM.from_pretrained(asked.drafter, dtype=DTYPES[asked.dtype])
     theirs.generation_config.num_assistant_tokens = asked.draft_length
     theirs.generation_config.num_assistant_tokens_schedule = "constant"
     theirs.generation_config.assistant_confidence_threshold = 0.0
+    for model in (target.model, theirs):  # nothing ends an answer, as in our loop: equal texts
+        model.config.eos_token_id = model.generation_config.eos_token_id = None
 
     def generate(ids: list[int], assistant: object) -> int:
         inputs = torch.tensor([ids])
         with torch.inference_mode():
             out = target.model.generate(
                 inputs, attention_mask=torch.ones_like(inputs), do_sample=False,
-                max_new_tokens=asked.tokens, min_new_tokens=asked.tokens,
-                assistant_model=assistant, pad_token_id=0,
+                max_new_tokens=asked.tokens, assistant_model=assistant, pad_token_id=0,
             )  # fmt: skip
-        return out.shape[1] - len(ids)
+        return out[0, len(ids) :].tolist()
 
-    def loop(ids: list[int], drafter: object) -> int:
+    def loop(ids: list[int], drafter: object) -> list[int]:
         return decode(
             target, drafter, [ids], sampling=Sampling(), max_new_tokens=asked.tokens,
             end_ids=frozenset(),
-        ).tokens  # fmt: skip
+        ).answers[0].ids  # fmt: skip
 
     return {
         "ours, plain": lambda ids: loop(ids, None),
