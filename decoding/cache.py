@@ -25,16 +25,17 @@ class Cache:
         self._write: tuple[Tensor, Tensor] | None = None
         self._begin = self._width = 0
 
-    def open(self, tokens: int, device: torch.device) -> None:
-        """Announces a pass over `tokens` new tokens a row, written behind each row's length."""
-        self._begin, longest = min(self.length), max(self.length)
-        self._width = longest + tokens
+    def open(self, tokens: int, device: torch.device, after: int = 0) -> None:
+        """Announces a pass over `tokens` new tokens a row, written behind each row's length and
+        behind `after` scratch tokens that earlier passes over the same draft wrote there."""
+        self._begin, longest = min(self.length) + after, max(self.length)
+        self._width = longest + after + tokens
         if self._width > self.capacity:
             self._grow(self._width + GROWTH)
         self._write = None
-        if self._begin != longest:
+        if self._begin != longest + after:
             start_B1 = torch.tensor(self.length, device=device)[:, None]
-            slots_BM = start_B1 + torch.arange(tokens, device=device)
+            slots_BM = start_B1 + after + torch.arange(tokens, device=device)
             rows_B1 = torch.arange(len(self.length), device=device)[:, None]
             self._write = (rows_B1, slots_BM)
 
@@ -52,19 +53,20 @@ class Cache:
             store_v[rows, :, slots] = values.transpose(1, 2)
         return store_k[:, :, : self._width], store_v[:, :, : self._width]
 
-    def mask(self, allowed_BMM: Tensor) -> Tensor:
-        """Boolean [B, 1, M, W]: committed slots, and among the pass's own what `allowed` says."""
-        B, M, _ = allowed_BMM.shape
-        device = allowed_BMM.device
+    def mask(self, allowed_BMA: Tensor) -> Tensor:
+        """Boolean [B, 1, M, W]: all committed slots, and behind them what `allowed` says of the
+        A = after + M scratch slots, the pass's own last."""
+        B, M, A = allowed_BMA.shape
+        device = allowed_BMA.device
         if self._write is None:
             mask = torch.ones(B, 1, M, self._width, dtype=torch.bool, device=device)
-            mask[:, 0, :, self._begin :] = allowed_BMM
+            mask[:, 0, :, self._width - A :] = allowed_BMA
             return mask
         length_B1 = torch.tensor(self.length, device=device)[:, None]
         slot_W = torch.arange(self._width, device=device)
-        own_BW = slot_W - length_B1  # index among the pass's tokens; negative: committed
-        index = own_BW.clamp(0, M - 1)[:, None, :].expand(B, M, self._width)
-        own = allowed_BMM.gather(2, index) & (own_BW < M)[:, None, :]
+        own_BW = slot_W - length_B1  # index among the scratch slots; negative: committed
+        index = own_BW.clamp(0, A - 1)[:, None, :].expand(B, M, self._width)
+        own = allowed_BMA.gather(2, index) & (own_BW < A)[:, None, :]
         return (own | (own_BW < 0)[:, None, :])[:, None]
 
     def causal(self, rows: int, tokens: int, device: torch.device) -> Tensor:

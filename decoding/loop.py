@@ -27,6 +27,8 @@ class State(Protocol):
 class Proposer(Protocol):
     """What the loop needs of a drafter (drafters/base.py has the class)."""
 
+    taps: tuple[int, ...]  # k names hidden_states[k] of the target, which the drafter reads
+
     def start(
         self, target: Target, cache: Cache, sampling: Sampling, requests: list[int], max_len: int
     ) -> State: ...
@@ -38,13 +40,15 @@ class Proposer(Protocol):
 class Answer:
     """One request's new ids, up to and including the first end id, and its rounds.
 
-    drafted and accepted: nodes drafted and tokens accepted, per round.
+    drafted and accepted: the longest path drafted and the tokens accepted, per round; nodes:
+    drafted in all.
     """
 
     ids: list[int] = field(default_factory=list)
     ended: bool = False
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    nodes: int = 0
 
 
 @dataclass
@@ -93,8 +97,9 @@ def decode(
     max_len = max(map(len, prompts)) + max_new_tokens
     done = Decoded([Answer() for _ in prompts])
 
+    taps = drafter.taps if drafter else ()
     cache = target.new_cache(len(prompts), max_len + 32)
-    seen = target.prefill(_pad(prompts, target.device), [len(p) for p in prompts], cache)
+    seen = target.prefill(_pad(prompts, target.device), [len(p) for p in prompts], cache, taps)
     state = drafter.start(target, cache, sampling, requests, max_len) if drafter else None
     while live:
         before = clock.read()
@@ -102,7 +107,7 @@ def decode(
         drafted = clock.read()
         rows = torch.arange(len(live), device=target.device)
         last = torch.tensor(seen.count, device=target.device) - 1
-        scored = target.score(seen.ids_BS[rows, last], draft, cache)
+        scored = target.score(seen.ids_BS[rows, last], draft, cache, taps)
         judge = rule if rule and draft.law in rule.laws else default_rule(draft.law)
         verdict = judge(scored, draft, Dice(sampling, requests, seen.length))
         seen = target.keep(draft, scored, verdict, cache)
@@ -136,10 +141,11 @@ def _emit(
 
     Cutting after acceptance is exact: prefixes of exact samples are exact.
     """
-    on = []
+    on, depth = [], draft.depth()
     for row, ids in enumerate(seen.ids_BS.tolist()):
         answer = done.answers[live[row]]
-        answer.drafted.append(draft.size[row])
+        answer.drafted.append(depth[row])
+        answer.nodes += draft.size[row]
         answer.accepted.append(len(paths[row]))
         for token in ids[: seen.count[row]]:
             answer.ids.append(token)

@@ -64,6 +64,11 @@ class Pretrained:
             )
         except OSError as error:
             raise OSError(_unreachable(place, error)) from None
+        except ValueError as error:  # an encoder-decoder model, or code that comes with the weights
+            raise ValueError(
+                f"the target {place} is no decoder-only model that transformers knows: "
+                f"{' '.join(str(error).split())[:200]}; choose another"
+            ) from None
         target = Target(model, name=self.name)
         hub = None if folder else getattr(model.config, "_commit_hash", None)
         target.revision = (None if folder else self.revision) or hub or contents_hash(place)

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from decoding.tree import depths
+
 Law = Literal["one_hot", "iid", "without_replacement"]
 
 
@@ -40,6 +42,14 @@ class Draft:
         B, N = ids_BN.shape
         parents_BN = torch.arange(-1, N - 1).expand(B, N)
         return cls(ids_BN, parents_BN, size, law, q_BMV, is_chain=True)
+
+    def depth(self) -> list[int]:
+        """Each row's longest path."""
+        if self.is_chain:
+            return list(self.size)
+        depth_BM = depths(self.parents_BN)
+        pairs = zip(depth_BM.tolist(), self.size, strict=True)
+        return [max(row[: n + 1]) for row, n in pairs]
 
     @classmethod
     def empty(cls, rows: int, device: torch.device | str = "cpu") -> "Draft":

@@ -28,23 +28,35 @@ class Shape:
     max_positions: int
     tied: bool = False
     head_dim: int = 0
+    rope_theta: float = 10_000.0
 
     @classmethod
     def of(cls, config: Any) -> "Shape":
         """From a Hugging Face text configuration."""
-        config = config.get_text_config()
-        heads = config.num_attention_heads
-        return cls(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            layers=config.num_hidden_layers,
-            heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            intermediate_size=getattr(config, "intermediate_size", 4 * config.hidden_size),
-            max_positions=getattr(config, "max_position_embeddings", 2048),
-            tied=bool(getattr(config, "tie_word_embeddings", False)),
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        )
+        config, shape = config.get_text_config(), None
+        try:
+            heads = config.num_attention_heads
+            shape = cls(
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                layers=config.num_hidden_layers,
+                heads=heads,
+                kv_heads=_first(config, "num_key_value_heads") or heads,
+                intermediate_size=_first(config, "intermediate_size", "n_inner")
+                or 4 * config.hidden_size,
+                max_positions=_first(config, "max_position_embeddings") or 2048,
+                tied=bool(getattr(config, "tie_word_embeddings", False)),
+                head_dim=_first(config, "head_dim") or config.hidden_size // heads,
+                rope_theta=_rope_theta(config),
+            )
+        except (AttributeError, RuntimeError, TypeError):
+            pass  # no such setting, or one for each layer
+        if shape is None or not all(isinstance(n, int | float) for n in vars(shape).values()):
+            raise ValueError(
+                f"a model of type {config.model_type} has no one number of attention heads or size "
+                "of a layer; choose a decoder-only target whose layers are all alike"
+            )
+        return shape
 
     def parameters(self) -> int:
         """Parameters of a Llama-shaped model (gated MLP, no biases), counted from the shape."""
@@ -53,6 +65,12 @@ class Shape:
         layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
         return self.layers * layer + embeddings + self.hidden_size
+
+
+def _rope_theta(config: Any) -> float:
+    """The base of the rotary positions; the usual one where there is none."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10_000.0)
 
 
 @dataclass
@@ -66,15 +84,17 @@ class TargetOut:
 class Target(nn.Module):
     """A frozen decoder-only model. Nothing here is ever trained, saved or given to an optimiser."""
 
-    def __init__(self, model: Any, name: str = "target", taps: tuple[int, ...] = ()) -> None:
+    def __init__(self, model: Any, name: str = "target") -> None:
         super().__init__()
+        refuse_what_cannot_be_cropped(model, name)
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self.revision: str | None = None  # of the Hub, or a hash of the files it was loaded from
-        self.taps = taps
         self.shape = Shape.of(model.config)
-        self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        _refuse_what_cannot_be_cropped(model.config.get_text_config(), name)
+        config = model.config.get_text_config()
+        self.softcap = _first(config, "final_logit_softcapping")
+        # Cohere and Granite; that these names mean what they say is for probe() to find out
+        self.scale = (_first(config, "logit_scale") or 1) / (_first(config, "logits_scaling") or 1)
 
     @property
     def device(self) -> torch.device:
@@ -98,10 +118,19 @@ class Target(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Head applied to states after the final norm, [..., V]. In training, call it per chunk."""
-        logits = self.model.get_output_embeddings()(hidden)
+        head = self.model.get_output_embeddings()
+        logits = head(hidden.to(head.weight.dtype))
+        if self.scale != 1:
+            logits = logits * self.scale
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
+
+    def head_rows(self, ids: Tensor) -> Tensor:
+        """Rows of the head's matrix, [..., D]: a state's product with one is the token's logit,
+        before bias and softcap."""
+        rows = self.model.get_output_embeddings().weight[ids]
+        return rows if self.scale == 1 else rows * self.scale
 
     @torch.no_grad()
     def forward(
@@ -112,21 +141,22 @@ class Target(nn.Module):
         return self._states(ids_BT, positions_BT, mask, None, taps)
 
     @torch.inference_mode()
-    def prefill(self, ids_BS: Tensor, count: list[int], cache: Cache) -> Seen:
+    def prefill(
+        self, ids_BS: Tensor, count: list[int], cache: Cache, taps: tuple[int, ...] = ()
+    ) -> Seen:
         """Reads all but the last token of each prompt (ids padded on the right)."""
         B, S = ids_BS.shape
         hidden_BSD = torch.zeros(
             B, S, self.shape.hidden_size, dtype=self.dtype, device=ids_BS.device
         )
         taps_BSLD = None
-        if self.taps:
-            L = len(self.taps)
-            taps_BSLD = hidden_BSD[:, :, None].repeat(1, 1, L, 1)
+        if taps:
+            taps_BSLD = hidden_BSD[:, :, None].repeat(1, 1, len(taps), 1)
         if S > 1:
             cache.open(S - 1, ids_BS.device)
             positions = torch.arange(S - 1, device=ids_BS.device).expand(B, S - 1)
             mask = cache.causal(B, S - 1, ids_BS.device)
-            out = self._states(ids_BS[:, :-1], positions, mask, cache, self.taps)
+            out = self._states(ids_BS[:, :-1], positions, mask, cache, taps)
             hidden_BSD[:, 1:] = out.hidden_BTD
             if taps_BSLD is not None and out.taps_BTLD is not None:
                 taps_BSLD[:, 1:] = out.taps_BTLD
@@ -134,7 +164,9 @@ class Target(nn.Module):
         return Seen(ids_BS, list(count), list(count), hidden_BSD, taps_BSLD)
 
     @torch.inference_mode()
-    def score(self, root_B: Tensor, draft: Draft, cache: Cache) -> Scored:
+    def score(
+        self, root_B: Tensor, draft: Draft, cache: Cache, taps: tuple[int, ...] = ()
+    ) -> Scored:
         """One pass over root and nodes; each node sees the committed tokens and its ancestors."""
         ids_BM = torch.cat([root_B[:, None], draft.ids_BN], dim=1)
         B, M = ids_BM.shape
@@ -148,7 +180,7 @@ class Target(nn.Module):
             parents_BN = draft.parents_BN.to(device)
             mask = cache.mask(ancestors(parents_BN))
             positions_BM = start_B1 + depths(parents_BN)
-        out = self._states(ids_BM, positions_BM, mask, cache, self.taps)
+        out = self._states(ids_BM, positions_BM, mask, cache, taps)
         return Scored(self.logits(out.hidden_BTD), out.hidden_BTD, out.taps_BTLD)
 
     @torch.inference_mode()
@@ -157,19 +189,17 @@ class Target(nn.Module):
         cache.keep(verdict.path, draft.is_chain)
         count = [len(path) + 1 for path in verdict.path]
         S, device = max(count), scored.hidden_BMD.device
-        # token s of a row was predicted at: the root for the first, then the node before it
-        before = [[0] + [n + 1 for n in path] + [0] * (S - 1 - len(path)) for path in verdict.path]
-        before_BS = torch.tensor(before, device=device)
-        rows = torch.arange(len(count), device=device)[:, None]
-        kept_BS = torch.cat([draft.ids_BN, draft.ids_BN.new_zeros(len(count), 1)], dim=1)
-        nodes = [path + [draft.ids_BN.shape[1]] * (S - len(path)) for path in verdict.path]
-        ids_BS = kept_BS.gather(1, torch.tensor(nodes, device=device))
-        ids_BS[rows[:, 0], torch.tensor(count, device=device) - 1] = torch.tensor(
-            verdict.next, device=device
-        )
-        taps = None if scored.taps_BMLD is None else scored.taps_BMLD[rows, before_BS]
+        drafted = draft.ids_BN.tolist()
+        ids, before = [], []  # token s was predicted at: the root for the first, then its parent
+        for path, token, mine in zip(verdict.path, verdict.next, drafted, strict=True):
+            padding = [0] * (S - 1 - len(path))
+            ids.append([mine[n] for n in path] + [token] + padding)
+            before.append([0] + [n + 1 for n in path] + padding)
+        ids_BS, before_BS = torch.tensor([ids, before], device=device)
+        rows_B1 = torch.arange(len(count), device=device)[:, None]
+        hidden_BSD = scored.hidden_BMD[rows_B1, before_BS]
+        taps = None if scored.taps_BMLD is None else scored.taps_BMLD[rows_B1, before_BS]
         length = [n + 1 for n in cache.length]
-        hidden_BSD = scored.hidden_BMD[rows, before_BS]
         return Seen(ids_BS, count, length, hidden_BSD, taps, draft, scored)
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
@@ -179,20 +209,26 @@ class Target(nn.Module):
         self,
         ids_BT: Tensor,
         positions_BT: Tensor,
-        mask: Tensor | None,
+        mask: Tensor,
         cache: Cache | None,
         taps: tuple[int, ...],
     ) -> TargetOut:
         out = self.model.base_model(
             input_ids=ids_BT,
             position_ids=positions_BT,
-            attention_mask=mask,
+            attention_mask=additive(mask, self.dtype),
             past_key_values=cache,
             use_cache=cache is not None,
             output_hidden_states=bool(taps),
         )
         tapped = torch.stack([out.hidden_states[k] for k in taps], dim=2) if taps else None
         return TargetOut(out.last_hidden_state, tapped)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as what attention adds to its scores: eager attention knows no other, and the
+    others would make it anew in each layer."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def document_mask(ids_BT: Tensor, doc_BT: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -209,36 +245,97 @@ def document_mask(ids_BT: Tensor, doc_BT: Tensor | None) -> tuple[Tensor, Tensor
     return (same & causal)[:, None], index_T - begin_BT
 
 
-def _refuse_what_cannot_be_cropped(config: Any, name: str) -> None:
+def _first(config: Any, *names: str) -> Any:
+    """The first of these settings that a configuration has."""
+    return next((v for v in (getattr(config, n, None) for n in names) if v is not None), None)
+
+
+def refuse_what_cannot_be_cropped(model: Any, name: str) -> None:
     """Recurrent and windowed layers keep state that rejecting a draft cannot undo, and some
     position codes depend on how far a draft reaches."""
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in ("dynamic", "longrope"):
+    config = model.config.get_text_config()
+    if model.config.is_encoder_decoder:
         raise ValueError(
-            f"{name} has rotary positions of type {rope}, which change with the length of a pass: "
-            "a draft would change the tokens before it; choose a target without"
+            f"{name} is an encoder-decoder model ({model.config.model_type}); drafts are for "
+            "decoder-only models; choose one as the target"
         )
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
-        window = None
-    if kinds or window:
-        what = ", ".join(sorted(kinds)) or f"sliding_window {window}"
+    rope = getattr(config, "rope_parameters", None) or {}
+    each = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    moving = {str(kind.get("rope_type")) for kind in each} & {"dynamic", "longrope"}
+    if moving:
         raise ValueError(
-            f"{name} has layers other than full attention ({what}), whose state cannot be cropped "
-            "after a rejected draft; choose a target with full attention in every layer"
+            f"{name} has rotary positions of type {', '.join(sorted(moving))}, which change with "
+            "the length of a pass: a draft would change the tokens before it; choose a target "
+            "without"
         )
+    kinds = _first(config, "layer_types", "layers_block_type", "attention_layers") or []
+    other = sorted(set(kinds) - {"full_attention", "attention", "global"})
+    if not other and _has_window(model, config):
+        other = [f"sliding_window {config.sliding_window}"]
+    if other:
+        raise ValueError(
+            f"{name} has layers other than full attention ({', '.join(other)}), whose state cannot "
+            "be cropped after a rejected draft; choose a target with full attention in every layer"
+        )
+
+
+def _has_window(model: Any, config: Any) -> bool:
+    """Whether a configured window is used: where layers have a type, each knows of its own."""
+    if not getattr(config, "sliding_window", None):
+        return False
+    own = [m.sliding_window for m in model.modules() if hasattr(m, "sliding_window")]
+    return len(own) < config.num_hidden_layers or any(own)
 
 
 def probe(target: Target) -> None:
-    """The head over our states must be the model's own logits: some models scale in between."""
-    ids = torch.arange(4, device=target.device)[None] % target.shape.vocab_size
-    with torch.inference_mode():
-        own = target.model(input_ids=ids).logits.float()
-        ours = target.logits(target(ids).hidden_BTD).float()
-    gap = (own - ours).abs().max().item()
-    if gap > 0.05 * own.abs().max().item():
+    """A packed pass and a drafted tree of a handful of tokens must give the model's own logits:
+    some models scale them on the way, others do not read our mask, positions or cache."""
+    model = type(target.model).__name__
+    try:
+        gaps = _gaps(target)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
         raise ValueError(
-            f"{target.name}: logits from hidden states differ from the model's own by {gap:.3g}; "
-            f"{type(target.model).__name__} transforms them in a way that is not supported"
-        )
+            f"{target.name}: {model} does not run with a mask, positions and a cache of ours "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); choose a target with "
+            "ordinary full attention in every layer"
+        ) from error
+    what = {
+        "head": "changes them on their way from the last state",
+        "mask": "does not keep packed documents apart",
+        "cache": "does not read a tree of drafted tokens over our cache",
+    }
+    for key, gap in gaps.items():
+        if not gap <= (0.01 if target.dtype.itemsize >= 4 else 0.05):
+            raise ValueError(
+                f"{target.name}: logits differ from the model's own by {gap:.1%} of their spread "
+                f"because {model} {what[key]} in a way that is not supported; choose another target"
+            )
+
+
+@torch.inference_mode()
+def _gaps(target: Target) -> dict[str, float]:
+    """How far our logits are from the model's own over two sequences that part after three."""
+    # spread over the vocabulary: the first ids are bytes and marks that training may never show
+    ids_T = torch.arange(1, 8, device=target.device) * target.shape.vocab_size // 8
+    ids_BT = ids_T[torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, 5, 6]], device=target.device)]
+    own = target.model(input_ids=ids_BT, output_hidden_states=True)
+    own_BTV = own.logits.float()
+    doc_BT = torch.tensor([[0] * 5 + [1] * 5], device=target.device)
+    packed_BTV = target.logits(target(ids_BT.view(1, -1), doc_BT=doc_BT).hidden_BTD)
+    cache = target.new_cache(1, 8)
+    target.prefill(ids_T[None, :3], [3], cache)
+    draft = Draft(ids_T[None, [3, 5, 4, 6]], torch.tensor([[-1, -1, 0, 1]]), [4])
+    drafted_MV = target.score(ids_T[2:3], draft, cache).logits_BMV[0].float()
+    due_MV = own_BTV[[0, 0, 1, 0, 1], [2, 3, 3, 4, 4]]
+    spread = (own_BTV - own_BTV.mean(-1, keepdim=True)).pow(2).mean().sqrt()
+
+    def gap(ours: Tensor, due: Tensor) -> float:
+        return ((ours - due).pow(2).mean().sqrt() / spread).item()
+
+    return {
+        "head": gap(target.logits(own.hidden_states[-1]).float(), own_BTV),
+        "mask": gap(packed_BTV.float().view_as(own_BTV), own_BTV),
+        "cache": gap(drafted_MV, due_MV),
+    }

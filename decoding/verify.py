@@ -1,9 +1,11 @@
 """The acceptance rules: which drafted nodes stand, and what the target says after them.
 
 Shapes: B batch, N drafted nodes, M = N + 1 (root first), V vocabulary. p is the target's law, q
-the drafter's, both after the same processors. Every rule here returns samples of exactly p.
+the drafter's, both after the same processors. Every rule here but one returns samples of exactly
+p; that one says so (`lossless`).
 """
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -104,9 +106,112 @@ class Block(Rule):
         return _finish(p_BMV, q_BNV, weight_B, draft, count, dice)
 
 
+class WithoutReplacement(Rule):
+    """Recursive rejection for siblings drawn without replacement (Jeon et al. 2024, RSD).
+
+    Children are tried in draw order: accept x with min(1, p/q), else p becomes norm((p - q)+) and
+    q loses x. If no child stands, the next token is drawn from what is left of p.
+    """
+
+    name = "recursive rejection"
+    lossless = True
+    laws = frozenset({"without_replacement"})
+
+    def _verify(self, logits_BMV: Tensor, draft: Draft, dice: Dice) -> Verdict:
+        assert draft.q_BMV is not None, "sampled drafts carry q"
+        p_BMV = dice.sampling.law(logits_BMV).double()
+        ids, parents = draft.ids_BN.tolist(), draft.parents_BN.tolist()
+        u_BN = dice.uniforms(Purpose.ACCEPT, draft.ids_BN.shape[1]).tolist()
+        paths, left = [], []
+        for b, size in enumerate(draft.size):
+            path: list[int] = []
+            while True:
+                node = path[-1] if path else -1
+                children = [n for n in range(size) if parents[b][n] == node]
+                q_V = draft.q_BMV[b, node + 1].double() if children else p_BMV[b, 0]
+                found, rest_V = _try(children, ids[b], u_BN[b], p_BMV[b, node + 1], q_V)
+                if found is None:
+                    break
+                path.append(found)
+            paths.append(path)
+            left.append(rest_V)
+        u_B = dice.next(torch.tensor([[len(path)] for path in paths]))[:, 0]
+        return Verdict(paths, draw(torch.stack(left), u_B).tolist())
+
+
+class Typical(Rule):
+    """Medusa's typical acceptance (Cai et al. 2024): a drafted token stands where the target gives
+    it more than min(epsilon, delta exp(-entropy)); the longest such path wins, the likelier of
+    equals, and the token after it is the target's likeliest.
+
+    LOSSY: the answers do not follow the target's law. At temperature 0 it is greedy verification.
+    """
+
+    name = "typical acceptance"
+    lossless = False
+    laws = frozenset({"one_hot", "iid", "without_replacement"})
+
+    def __init__(self, *, epsilon: float = 0.09, delta: float = 0.3) -> None:
+        if not (0 < epsilon < 1 and delta > 0):
+            raise ValueError(
+                f"epsilon is {epsilon} and delta {delta}; epsilon must lie between 0 and 1, delta "
+                "above 0"
+            )
+        self.epsilon, self.delta = epsilon, delta
+
+    def _verify(self, logits_BMV: Tensor, draft: Draft, dice: Dice) -> Verdict:
+        best_BM = logits_BMV.argmax(-1)
+        if dice.sampling.greedy:
+            return _walk(best_BM.tolist(), draft)
+        p_BMV = dice.sampling.law(logits_BMV)
+        entropy_BM = torch.special.entr(p_BMV).sum(-1)
+        floor_BM = (self.delta * torch.exp(-entropy_BM)).clamp(max=self.epsilon)
+        paths, best = [], best_BM.tolist()
+        for b, size in enumerate(draft.size):
+            stands: dict[int, tuple[int, float]] = {-1: (0, 0.0)}  # node -> depth, log-likelihood
+            for n in range(size):
+                parent, token = int(draft.parents_BN[b, n]), int(draft.ids_BN[b, n])
+                likely = float(p_BMV[b, parent + 1, token])
+                if parent in stands and likely > floor_BM[b, parent + 1]:
+                    depth, said = stands[parent]
+                    stands[n] = (depth + 1, said + math.log(max(likely, 1e-30)))
+            node = max(stands, key=lambda n: stands[n])
+            paths.append(_path_to(node, draft.parents_BN[b].tolist()))
+        following = [best[b][path[-1] + 1 if path else 0] for b, path in enumerate(paths)]
+        return Verdict(paths, following)
+
+
 def default_rule(law: str) -> Rule:
-    """Block verification for sampled chains, the one-hot rule for everything deterministic."""
-    return Block() if law == "iid" else OneHot()
+    """The exact rule for drafts of this law that accepts most."""
+    rules: dict[str, type[Rule]] = {"iid": Block, "without_replacement": WithoutReplacement}
+    return rules.get(law, OneHot)()
+
+
+def _try(
+    children: list[int], ids: list[int], u: list[float], p_V: Tensor, q_V: Tensor
+) -> tuple[int | None, Tensor]:
+    """The first child that stands, or None and what is left of p after all were rejected."""
+    q_V = q_V.clone()
+    for n in children:
+        x = ids[n]
+        if q_V[x] <= 0:  # drawn after the support was exhausted: it is no draw at all
+            continue
+        if u[n] * q_V[x] < p_V[x]:
+            return n, p_V
+        rest_V = (p_V - q_V).clamp(min=0)
+        # rounding can leave nothing of a residual; p is then its limit
+        p_V = rest_V / rest_V.sum() if rest_V.sum() > 0 else p_V
+        q_V[x] = 0
+        q_V = q_V / q_V.sum().clamp(min=torch.finfo(q_V.dtype).tiny)
+    return None, p_V
+
+
+def _path_to(node: int, parents: list[int]) -> list[int]:
+    path: list[int] = []
+    while node >= 0:
+        path.insert(0, node)
+        node = parents[node]
+    return path
 
 
 def _walk(choice_BM: list[list[int]], draft: Draft) -> Verdict:

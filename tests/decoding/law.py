@@ -61,18 +61,18 @@ class TableTarget(Target):
 
     def __init__(self, table_VV: Tensor) -> None:
         nn.Module.__init__(self)
-        self.table, self.name, self.taps = table_VV, "table", ()
+        self.table, self.name = table_VV, "table"
         self.shape = Shape(len(table_VV), 1, 0, 1, 1, 1, 10**6)
 
     device = torch.device("cpu")  # type: ignore[assignment]
     dtype = torch.float64  # type: ignore[assignment]
     end_ids = frozenset()  # type: ignore[assignment]
 
-    def prefill(self, ids_BS: Tensor, count: list[int], cache: Cache) -> Seen:
+    def prefill(self, ids_BS: Tensor, count: list[int], cache: Cache, taps=()) -> Seen:
         cache.length = [c - 1 for c in count]
         return Seen(ids_BS, list(count), list(count), torch.zeros(*ids_BS.shape, 1))
 
-    def score(self, root_B: Tensor, draft: Draft, cache: Cache) -> Scored:
+    def score(self, root_B: Tensor, draft: Draft, cache: Cache, taps=()) -> Scored:
         ids_BM = torch.cat([root_B[:, None], draft.ids_BN], dim=1)
         return Scored(self.table[ids_BM], torch.zeros(*ids_BM.shape, 1))
 
@@ -90,7 +90,7 @@ class TableLM(LM):
     def start(self, target, cache, sampling, requests, max_len) -> LMState:
         return LMState(Cache(0, len(requests), 1), sampling, list(requests))
 
-    def _step(self, ids_BS: Tensor, new: list[int], cache: Cache) -> Tensor:
+    def step(self, ids_BS: Tensor, new: list[int], cache: Cache) -> Tensor:
         cache.length = [n + k for n, k in zip(cache.length, new, strict=True)]
         return self.table[ids_BS[torch.arange(len(new)), torch.tensor(new) - 1]]
 

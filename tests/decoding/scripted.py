@@ -23,6 +23,8 @@ NO_END: frozenset[int] = frozenset()
 class Scripted:
     """Drafts from the true continuation of each request, as `guess` makes of it."""
 
+    taps = ()
+
     def __init__(self, truth: dict[int, list[int]], guess: Callable[..., Draft]) -> None:
         self.truth, self.guess = truth, guess
 

@@ -34,15 +34,15 @@ class Watched(Target):
 
     capacity: int | None = None
 
-    def prefill(self, ids_BS: Tensor, count: list[int], cache: Cache) -> Seen:
-        seen = super().prefill(ids_BS, count, cache)
+    def prefill(self, ids_BS: Tensor, count: list[int], cache: Cache, taps=()) -> Seen:
+        seen = super().prefill(ids_BS, count, cache, taps)
         assert isinstance(cache, WatchedCache)
         cache.committed = [ids[:n] for ids, n in zip(ids_BS.tolist(), count, strict=True)]
         self.check(seen, cache)
         return seen
 
-    def score(self, root_B: Tensor, draft: Draft, cache: Cache) -> Scored:
-        scored = super().score(root_B, draft, cache)
+    def score(self, root_B: Tensor, draft: Draft, cache: Cache, taps=()) -> Scored:
+        scored = super().score(root_B, draft, cache, taps)
         assert isinstance(cache, WatchedCache)
         for b, committed in enumerate(cache.committed):
             assert root_B[b] == committed[-1]

@@ -8,33 +8,42 @@ from torch import Tensor
 
 from decoding.round import Draft, Verdict
 from decoding.sampling import Purpose, Sampling, draw
-from decoding.verify import Block, Chain
+from decoding.verify import Block
+from decoding.verify import Chain as ChainRule
+from drafters.trees import Chain
 
 
-class DrawsArgmax:
+class _Draws:
+    """Draws by `law` and records q as it was."""
+
+    def chain(self) -> Chain:
+        chain = super().chain()  # type: ignore[misc]
+        chain.draw = lambda law_BV, u_B: draw(self.law(law_BV), u_B)
+        return chain
+
+    def law(self, law_BV: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class DrawsArgmax(_Draws):
     """Takes the likeliest token but says that it was drawn from q."""
 
-    def _guess(self, guesses, logits_BV, sampling, u_B) -> None:
-        super()._guess(guesses, logits_BV, sampling, u_B)  # type: ignore[misc]
-        guesses.ids[-1] = logits_BV.argmax(-1)
+    def law(self, law_BV: Tensor) -> Tensor:
+        return (law_BV == law_BV.amax(-1, keepdim=True)).float()
 
 
-class DrawsCooler:
+class DrawsCooler(_Draws):
     """Draws at temperature 0.7 and records q at temperature 1."""
 
-    def _guess(self, guesses, logits_BV, sampling, u_B) -> None:
-        super()._guess(guesses, logits_BV, sampling, u_B)  # type: ignore[misc]
-        guesses.ids[-1] = draw((logits_BV / 0.7).softmax(-1), u_B)
+    def law(self, law_BV: Tensor) -> Tensor:
+        return law_BV ** (1 / 0.7)
 
 
-class DrawsTopTwo:
+class DrawsTopTwo(_Draws):
     """Draws among its two likeliest tokens and records q before that filter."""
 
-    def _guess(self, guesses, logits_BV, sampling, u_B) -> None:
-        super()._guess(guesses, logits_BV, sampling, u_B)  # type: ignore[misc]
-        second = logits_BV.topk(2, dim=-1).values[:, 1:]
-        few_BV = logits_BV.masked_fill(logits_BV < second, -torch.inf)
-        guesses.ids[-1] = draw(few_BV.softmax(-1), u_B)
+    def law(self, law_BV: Tensor) -> Tensor:
+        return law_BV.where(law_BV >= law_BV.topk(2, dim=-1).values[:, 1:], 0.0)
 
 
 class DropsTrigger:
@@ -50,7 +59,7 @@ class DropsTrigger:
         return replace(draft, size=size)
 
 
-class _WrongResidual(Chain):
+class _WrongResidual(ChainRule):
     def _verify(self, logits_BMV, draft, dice) -> Verdict:
         verdict = super()._verify(logits_BMV, draft, dice)
         p_BMV = dice.sampling.law(logits_BMV)
