@@ -148,6 +148,14 @@ class Packed:
         ids, mask, doc = (torch.stack([p[k] for p in parts]) for k in range(3))
         return Batch(ids.long(), mask.bool(), doc.long())
 
+    def counts(self, vocabulary: int) -> Tensor:
+        """How often each token is a supervised one, [V]."""
+        total_V = torch.zeros(vocabulary, dtype=torch.long)
+        for file in self._files:
+            ids = file.get_tensor("ids")[file.get_tensor("mask").bool()]
+            total_V += torch.bincount(ids, minlength=vocabulary)
+        return total_V
+
     def _read(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
         shard = int(np.searchsorted(self._first, row, side="right")) - 1
         at = row - int(self._first[shard])

@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -41,17 +42,26 @@ class Batch:
 class Prediction:
     """One group of predictions (one draft position) for an objective to judge.
 
-    hidden_ND are the drafter's states, weight_VD its head, labels_N the true tokens;
-    row_N the sequence of the batch that each belongs to, target_ND the target's states at the same
-    positions (None when no target is given).
+    hidden_ND are the drafter's states, weight_VD its head (None: the target's own, frozen),
+    labels_N the true tokens; row_N the sequence of the batch that each belongs to, target_ND the
+    target's states at the same positions (None when no target is given). A head over part of the
+    vocabulary names its tokens in vocabulary_V (its row i is the target's token vocabulary[i]).
     """
 
     hidden_ND: Tensor
-    weight_VD: Tensor
+    weight_VD: Tensor | None
     labels_N: Tensor
     row_N: Tensor
     target_ND: Tensor | None
     position: int = 0
+    vocabulary_V: Tensor | None = None
+
+    def logits(self, hidden_CD: Tensor, target: Target | None) -> Tensor:
+        """The head over some of the states."""
+        if self.weight_VD is not None:
+            return hidden_CD @ self.weight_VD.T
+        assert target is not None, "a drafter that borrows the target's head needs the target"
+        return target.logits(hidden_CD)
 
 
 class Objective(Protocol):
@@ -96,7 +106,9 @@ class Drafter(nn.Module, ABC):
 
 
 class Trained(Drafter):
-    """A family with parameters."""
+    """A family with parameters. `needs_target`: training reads the target's states."""
+
+    needs_target = False
 
     @abstractmethod
     def forward(
@@ -105,8 +117,10 @@ class Trained(Drafter):
         """The training step: loss summed over supervised tokens. DeepSpeed calls nothing else."""
 
     @abstractmethod
-    def initialise(self) -> None:
-        """Loads the weights that the configuration asks to start from, if it names any."""
+    def initialise(self, target: Target | None, counts: Callable[[], Tensor]) -> None:
+        """Sets the weights that training starts from, where they come from elsewhere: a checkpoint
+        that the configuration names, the target's own head, the frequencies of the training data
+        (`counts()`: of each token among the supervised ones, [V])."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:

@@ -3,7 +3,8 @@
 Shapes: B batch, T tokens, S newly committed tokens, N drafted tokens, D width, V vocabulary.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from decoding.cache import Cache
 from decoding.round import Draft, Seen
-from decoding.sampling import Purpose, Sampling, draw
-from decoding.target import Shape, Target, document_mask
+from decoding.sampling import Dice, Sampling
+from decoding.target import Shape, Target, additive, document_mask, refuse_what_cannot_be_cropped
 from drafters.base import Batch, Metrics, Objective, Prediction, Trained
+from drafters.trees import Chain
 
 HEAD_DIM = 64
 
@@ -31,16 +33,6 @@ class LMState:
     def select(self, rows: list[int]) -> None:
         self.cache.select(rows)
         self.requests = [self.requests[r] for r in rows]
-
-
-@dataclass
-class _Guesses:
-    """A draft in the making. `go` marks the rows that still draft."""
-
-    go: list[bool]
-    size: list[int]
-    ids: list[Tensor] = field(default_factory=list)
-    laws: list[Tensor] = field(default_factory=list)
 
 
 class LM(Trained):
@@ -67,12 +59,10 @@ class LM(Trained):
         sample: bool = True,
     ) -> None:
         super().__init__()
-        if layers < 1 or draft_length < 1 or not 0 <= stop_below < 1:
-            raise ValueError(
-                f"drafter has layers {layers}, draft_length {draft_length}, stop_below "
-                f"{stop_below}; the first two must be at least 1, the last from 0 to below 1"
-            )
+        if layers < 1:
+            raise ValueError(f"drafter.layers is {layers}; it must be at least 1")
         self.draft_length, self.stop_below, self.sample = draft_length, stop_below, sample
+        self.chain()  # its own checks, before anything starts
         self.checkpoint = checkpoint
         self.model = _architecture(shape, layers, width, parameters, checkpoint)
         if self.model.config.vocab_size != shape.vocab_size:
@@ -80,8 +70,10 @@ class LM(Trained):
                 f"{checkpoint} has {self.model.config.vocab_size} tokens and the target "
                 f"{shape.vocab_size}: a drafter of this family must share the target's tokenizer"
             )
+        if checkpoint:
+            _refuse(self.model, checkpoint)
 
-    def initialise(self) -> None:
+    def initialise(self, target: Target | None, counts: Callable[[], Tensor]) -> None:
         from transformers import AutoModelForCausalLM
 
         if self.checkpoint:
@@ -121,25 +113,11 @@ class LM(Trained):
 
     @torch.inference_mode()
     def propose(self, state: LMState, seen: Seen, target: Target) -> Draft:
-        sampled = self.sample and not state.sampling.greedy
-        rows = len(seen.count)
-        u_BN = None
-        if sampled:
-            u_BN = state.sampling.uniforms(
-                Purpose.DRAFT, state.requests, seen.length, self.draft_length
-            )
-        guesses = _Guesses(go=[True] * rows, size=[0] * rows)
-        logits_BV = self._catch_up(state, seen)
-        while True:
-            n = len(guesses.ids)
-            self._guess(guesses, logits_BV, state.sampling, None if u_BN is None else u_BN[:, n])
-            if len(guesses.ids) == self.draft_length or not any(guesses.go):
-                break
-            logits_BV = self._step(guesses.ids[-1][:, None], [1] * rows, state.cache)
-        state.fed = len(guesses.ids) - 1
-        q_BMV = torch.stack(guesses.laws, dim=1) if sampled else None
-        ids_BN = torch.stack(guesses.ids, dim=1)
-        return Draft.chain(ids_BN, guesses.size, "iid" if sampled else "one_hot", q_BMV)
+        dice = Dice(state.sampling, state.requests, seen.length)
+        return self.chain().grow(_Round(self, state, seen, dice))
+
+    def chain(self) -> Chain:
+        return Chain(self.draft_length, stop_below=self.stop_below, sample=self.sample)
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
@@ -172,30 +150,13 @@ class LM(Trained):
         mask, positions_BT = document_mask(batch.ids_BT, batch.doc_BT)
         out = self.model.base_model(
             input_ids=batch.ids_BT,
-            attention_mask=mask,
+            attention_mask=additive(mask, self.model.dtype),
             position_ids=positions_BT,
             use_cache=False,
         )
         return out.last_hidden_state
 
-    def _guess(
-        self, guesses: _Guesses, logits_BV: Tensor, sampling: Sampling, u_B: Tensor | None
-    ) -> None:
-        """Adds one token to every row; rows that stopped before do not count it."""
-        if u_B is None:
-            guesses.ids.append(logits_BV.argmax(-1))
-        else:
-            law_BV = sampling.law(logits_BV)
-            guesses.ids.append(draw(law_BV, u_B))
-            guesses.laws.append(law_BV)
-        guesses.size = [n + go for n, go in zip(guesses.size, guesses.go, strict=True)]
-        if self.stop_below:
-            law_BV = guesses.laws[-1] if u_B is not None else logits_BV.float().softmax(-1)
-            sure = law_BV.gather(1, guesses.ids[-1][:, None])[:, 0] >= self.stop_below
-            pairs = zip(guesses.go, sure.tolist(), strict=True)
-            guesses.go = [go and certain for go, certain in pairs]
-
-    def _catch_up(self, state: LMState, seen: Seen) -> Tensor:
+    def catch_up(self, state: LMState, seen: Seen) -> Tensor:
         """Reads the committed tokens that it has not read: the prompt, or the last one or two.
 
         After a draft it has read the root and `fed` of its own tokens; of those, the accepted stay.
@@ -204,15 +165,16 @@ class LM(Trained):
         if seen.draft is not None or max(state.cache.length) > 0:
             new = [c - min(c - 1, state.fed) for c in seen.count]
             state.cache.length = [n - k for n, k in zip(seen.length, new, strict=True)]
+        state.fed = 0
         longest = max(new)
         unread = [
             [min(c - k + s, c - 1) for s in range(longest)]
             for c, k in zip(seen.count, new, strict=True)
         ]
         index = torch.tensor(unread, device=seen.ids_BS.device)
-        return self._step(seen.ids_BS.gather(1, index), new, state.cache)
+        return self.step(seen.ids_BS.gather(1, index), new, state.cache)
 
-    def _step(self, ids_BS: Tensor, new: list[int], cache: Cache) -> Tensor:
+    def step(self, ids_BS: Tensor, new: list[int], cache: Cache) -> Tensor:
         """Reads `new[b]` tokens of each row; returns the logits after the last of them, [B, V]."""
         B, S = ids_BS.shape
         device = ids_BS.device
@@ -221,7 +183,7 @@ class LM(Trained):
         out = self.model.base_model(
             input_ids=ids_BS,
             position_ids=start_B1 if S == 1 else start_B1 + torch.arange(S, device=device),
-            attention_mask=cache.causal(B, S, device),
+            attention_mask=additive(cache.causal(B, S, device), self.model.dtype),
             past_key_values=cache,
             use_cache=True,
         )
@@ -232,6 +194,38 @@ class LM(Trained):
         last = torch.tensor(new, device=device) - 1
         hidden_BD = hidden_BSD[torch.arange(B, device=device), last]
         return self.model.get_output_embeddings()(hidden_BD)
+
+
+def _refuse(model: Any, name: str) -> None:
+    """A drafter's cache is cropped as its target's is, and training reads its head as a matrix."""
+    refuse_what_cannot_be_cropped(model, name)
+    config = model.config.get_text_config()
+    names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    changed = [n for n in names if getattr(config, n, None) not in (None, 1)]
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        changed.append("a bias")
+    if changed:
+        raise ValueError(
+            f"{name} changes its logits behind the output matrix ({', '.join(changed)}), which "
+            "training a drafter does not do; choose another drafter.checkpoint"
+        )
+
+
+@dataclass
+class _Round:
+    """The drafter asked about one round; what trees call a Growth."""
+
+    drafter: LM
+    state: LMState
+    seen: Seen
+    dice: Dice
+
+    def begin(self) -> Tensor:
+        return self.drafter.catch_up(self.state, self.seen)
+
+    def deepen(self, ids_BW: Tensor, parents_BW: Tensor, depth: int) -> Tensor:
+        self.state.fed += 1
+        return self.drafter.step(ids_BW, [1] * len(ids_BW), self.state.cache)[:, None]
 
 
 def _architecture(

@@ -1,7 +1,6 @@
 """What every family of conf/drafter/ must keep. A new family is found by its YAML alone."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,20 +11,17 @@ from contract import (
     SAMPLED,
     TRAINED,
     Recorder,
+    assert_drafted_as_trained,
     build,
     judged,
     logits_of,
     packed,
     teacher_forced,
 )
-from torch import Tensor
 from toys import sharpen, tiny_target
 
 from decoding.loop import decode
-from decoding.round import Draft, Seen
-from decoding.sampling import Sampling
-from decoding.target import Target
-from drafters.base import Drafter, Trained, cast, save
+from drafters.base import Trained, cast, save
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,72 +57,13 @@ def test_drafting_repeats_itself(target, family):
 # --- trained families: training sees what drafting sees ------------------------------------------
 
 
-class Watching:
-    """A drafter and its state with a notebook: the committed tokens and the draft of each round."""
-
-    def __init__(self, drafter: Drafter) -> None:
-        self.drafter = drafter
-        self.rounds: list[tuple[list[list[int]], Draft]] = []
-        self.accepted: list[int] = []
-
-    def start(self, target, cache, sampling, requests, max_len) -> "Watching":
-        self.committed: list[list[int]] = [[] for _ in requests]
-        self.state: Any = self.drafter.start(target, cache, sampling, requests, max_len)
-        return self
-
-    def select(self, rows: list[int]) -> None:
-        self.committed = [self.committed[r] for r in rows]
-        self.state.select(rows)
-
-    def propose(self, state: Any, seen: Seen, target: Target) -> Draft:
-        for row, ids in enumerate(seen.ids_BS.tolist()):
-            self.committed[row] += ids[: seen.count[row]]
-            if seen.draft is not None:
-                self.accepted.append(seen.count[row] - 1)
-        draft = self.drafter.propose(self.state, seen, target)
-        self.rounds.append(([list(ids) for ids in self.committed], draft))
-        return draft
-
-
-class Exact(Sampling):
-    """Laws in float64, so that they can be compared to 1e-9."""
-
-    def law(self, logits: Tensor) -> Tensor:
-        return (logits / self.temperature).softmax(-1)
-
-
 @pytest.mark.parametrize("family", TRAINED)
-@pytest.mark.parametrize("stop_below", [0.0, 0.1])
+@pytest.mark.parametrize("stop_below", [0.0, 0.05])
 def test_drafting_is_what_was_trained(family, stop_below):
     """U6: the law that each drafted token was drawn from equals the one that training judges, in
     fp64, after no, partial and full acceptance and in ragged batches. An off-by-one in positions,
     cache or the tokens fed after a full acceptance fails here."""
-    target = tiny_target(vocab=17, seed=5, spread=0.25, tied=False)
-    drafter = build(family, target.shape, stop_below=stop_below, draft_length=3)
-    assert isinstance(drafter, Trained)
-    sharpen(drafter.double(), 6).eval()
-    watching = Watching(drafter)
-    decode(
-        target,
-        watching,
-        PROMPTS,
-        sampling=Exact(temperature=1.0),
-        max_new_tokens=40,
-        end_ids=frozenset(),
-    )
-    compared = 0
-    for committed, draft in watching.rounds:
-        assert draft.q_BMV is not None
-        for row, ids in enumerate(committed):
-            drafted = draft.ids_BN[row, : draft.size[row]].tolist()
-            positions = teacher_forced(drafter, ids + drafted, target)
-            for n in range(draft.size[row]):
-                logits = positions[min(n, len(positions) - 1)][len(ids) + n]
-                law = draft.q_BMV[row, n]
-                torch.testing.assert_close(law, logits.softmax(-1), atol=1e-9, rtol=0)
-                compared += 1
-    assert compared > 60
-    assert set(watching.accepted) >= {0, 1, 2, 3}, "some acceptance has not been met"
+    assert_drafted_as_trained(family, stop_below=stop_below)
 
 
 @pytest.mark.parametrize("family", TRAINED)
@@ -164,14 +101,19 @@ def test_packed_documents_are_strangers(target, family):
             for doc in (d for d in batch.doc_BT[b].unique_consecutive().tolist() if d >= 0):
                 here = batch.doc_BT[b] == doc
                 ids = batch.ids_BT[b][here].tolist()
-                guesses = teacher_forced(drafter, ids, target)[k]
+                heard = teacher_forced(drafter, ids, target)
+                if k >= len(heard):  # too short for a label so far ahead
+                    continue
+                guesses = heard[k]
                 for t in batch.mask_BT[b][here].nonzero()[:, 0].tolist():
                     if not guesses[t].isnan().any():
                         labels.append(ids[t])
                         logits.append(guesses[t])
         assert prediction.labels_N.tolist() == labels
-        assert len(labels) > 10
-        torch.testing.assert_close(logits_of(prediction), torch.stack(logits), atol=1e-9, rtol=0)
+        assert len(labels) > 4
+        torch.testing.assert_close(
+            logits_of(prediction, target), torch.stack(logits), atol=1e-9, rtol=1e-9
+        )
 
 
 @pytest.mark.parametrize("family", TRAINED)
@@ -185,19 +127,27 @@ def test_the_targets_states_stand_beside_the_labels(target, family):
         plain = target.logits(target(batch.ids_BT, doc_BT=batch.doc_BT).hidden_BTD)
     for prediction in recorder.seen:
         assert prediction.target_ND is not None
-        if prediction.position == 0:
-            due = plain[:, :-1][batch.mask_BT[:, 1:]][-len(prediction.labels_N) :]
-            torch.testing.assert_close(target.logits(prediction.target_ND), due)
+        reach = prediction.position + 1 + drafter.needs_target  # heads start one token earlier
+        due = [
+            plain[b, t - 1]
+            for b in range(2)
+            for t in range(reach, batch.ids_BT.shape[1])
+            if batch.mask_BT[b, t] and batch.doc_BT[b, t - reach] == batch.doc_BT[b, t]
+        ]
+        torch.testing.assert_close(target.logits(prediction.target_ND), torch.stack(due))
 
 
 # --- dtype ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", TRAINED)
-def test_bf16_keeps_the_position_code(target, family):
-    """Rounded rotary frequencies are another model: far positions would be read wrongly."""
+def test_bf16_keeps_the_position_code(family):
+    """Rounded rotary frequencies are another model: far positions would be read wrongly, and that
+    costs several times what rounding everything else does. The target stays in fp32."""
     ids = torch.randint(40, (1_500,), generator=torch.Generator().manual_seed(1)).tolist()
-    drafter, small, ruined = (sharpen(build(family, target.shape), 10).eval() for _ in range(3))
+    target = tiny_target(vocab=40, seed=0, spread=0.3, tied=False, dtype=torch.float32)
+    made = [build(family, target.shape, steps=1, heads=2, prefix=True) for _ in range(3)]
+    drafter, small, ruined = (sharpen(module, 8).eval() for module in made)
     whole = {k: v.clone() for k, v in drafter.named_buffers()}
     if not any("inv_freq" in k for k in whole):
         pytest.skip(f"{family} has no rotary buffers")
@@ -206,20 +156,15 @@ def test_bf16_keeps_the_position_code(target, family):
     assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
     for key, buffer in small.named_buffers():
         assert torch.equal(buffer, whole[key]), key
-        assert buffer.dtype == torch.float32
+        assert buffer.dtype == whole[key].dtype
     assert not all(torch.equal(b.float(), whole[k]) for k, b in ruined.named_buffers())
-    target_bf16 = tiny_target(vocab=40, seed=0, tied=False, dtype=torch.bfloat16)
-    target_fp32 = tiny_target(vocab=40, seed=0, tied=False, dtype=torch.float32)
     laws = {}
-    for name, module, frozen in (
-        ("fp32", drafter, target_fp32),
-        ("cast", small, target_bf16),
-        ("to", ruined, target_bf16),
-    ):
+    for name, module in (("fp32", drafter), ("cast", small), ("to", ruined)):
         assert isinstance(module, Trained)
-        laws[name] = teacher_forced(module, ids, frozen)[0][-500:].float().softmax(-1)
+        laws[name] = teacher_forced(module, ids, target)[0][-500:].float().softmax(-1)
     gap = {k: 0.5 * (laws[k] - laws["fp32"]).abs().sum(-1).mean().item() for k in ("cast", "to")}
-    assert gap["cast"] < 0.02 < 0.04 < gap["to"], gap
+    assert 2.5 * gap["cast"] < gap["to"], gap
+    assert gap["to"] > 0.03, gap
 
 
 def test_saved_paths_are_made(tmp_path: Path, target):

@@ -18,7 +18,7 @@ from toys import sharpen, tiny_model, tiny_target
 from data.pack import Document, write
 from decoding.loop import decode
 from decoding.target import Shape, Target
-from drafters.base import Batch, Drafter, Prediction, Trained, load, save
+from drafters.base import Batch, Prediction, Trained, load, save
 from drafters.lm import LM
 from train.objectives import CE, ForwardKL
 
@@ -137,6 +137,7 @@ def test_what_does_not_fit_is_not_loaded(target, tmp_path):
 # --- trained families: learning ------------------------------------------------------------------
 
 PERIOD, CYCLE_VOCAB, LENGTH = 11, 16, 48
+QUICK = {"lm": 80, "hydra_heads": 80, "eagle": 60, "eagle3": 80}  # twice the steps that they need
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +159,8 @@ def cycle(tmp_path_factory) -> list[Batch]:
 
 
 def train(drafter: Trained, target: Target | None, batches: list[Batch], steps: int) -> Trained:
+    if drafter.needs_target:
+        drafter.initialise(target, lambda: torch.ones(CYCLE_VOCAB))
     optimiser = torch.optim.AdamW(drafter.parameters(), lr=3e-3)
     objective = CE()
     for step, batch in enumerate(itertools.islice(itertools.cycle(batches), steps)):
@@ -182,13 +185,16 @@ def cyclic_target(cycle) -> Target:
     return target
 
 
-def accepted_everything(drafter: Drafter, target: Target) -> bool:
-    prompts = [[4], [7, 8, 9], [9, 10, 0, 1, 2, 3, 4]]
-    out = decode(target, drafter, prompts, sampling=GREEDY, max_new_tokens=36)
+def accepted(drafter: Trained, target: Target) -> float:
+    """Which part of what was drafted the target took."""
+    one = [4] if not drafter.needs_target else [3, 4]  # heads begin where there is a state
+    prompts = [one, [7, 8, 9], [9, 10, 0, 1, 2, 3, 4]]  # with the answers, as long as a document
+    out = decode(target, drafter, prompts, sampling=GREEDY, max_new_tokens=24)
     assert [a.ids for a in out.answers] == [
-        [(p[-1] + 1 + i) % PERIOD for i in range(36)] for p in prompts
+        [(p[-1] + 1 + i) % PERIOD for i in range(24)] for p in prompts
     ]
-    return all(a.accepted == a.drafted and min(a.drafted) > 0 for a in out.answers)
+    assert min(min(a.drafted) for a in out.answers) > 0
+    return sum(sum(a.accepted) for a in out.answers) / sum(sum(a.drafted) for a in out.answers)
 
 
 def shifted(drafter: Trained) -> type[Trained]:
@@ -212,16 +218,18 @@ def test_a_cyclic_language_is_learnt(cycle, cyclic_target, family):
     drafting this is impossible (the test below)."""
     drafter = build(family, cyclic_target.shape)
     assert isinstance(drafter, Trained)
-    assert not accepted_everything(drafter.eval(), cyclic_target)
-    train(drafter.train(), cyclic_target, cycle, 150)
-    assert accepted_everything(drafter, cyclic_target)
+    assert accepted(drafter.eval(), cyclic_target) < 0.5
+    train(drafter.train(), cyclic_target, cycle, QUICK.get(family, 150))
+    assert accepted(drafter, cyclic_target) == 1
 
 
 @pytest.mark.parametrize("family", TRAINED)
 def test_labels_one_token_late_are_noticed(cycle, cyclic_target, family):
-    """The cyclic test can fail."""
+    """The cyclic test can fail: as much training, and nothing is accepted."""
     drafter = build(family, cyclic_target.shape)
     assert isinstance(drafter, Trained)
     drafter.__class__ = shifted(drafter)
-    train(drafter.train(), cyclic_target, cycle, 150)
-    assert not accepted_everything(drafter, cyclic_target)
+    if hasattr(drafter, "regression"):  # features are taught beside the labels
+        drafter.regression, drafter.objective_weight = 0.0, 1.0  # type: ignore[assignment]
+    train(drafter.train(), cyclic_target, cycle, QUICK.get(family, 150))
+    assert accepted(drafter, cyclic_target) == 0
