@@ -5,9 +5,7 @@ The number it prints is wall-clock: prompts, drafter, verification and all, on t
 
 import json
 import random
-import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -18,13 +16,15 @@ from data.repetition import is_repetitive
 from data.sources import Source, prompt_key
 from decoding.loop import Decoded, decode
 from decoding.pretrained import Pretrained
-from decoding.round import Draft
 from decoding.sampling import Sampling
 from decoding.target import Target
 from drafters.base import Drafter, Trained, cast, load, write_json
+from drafters.trees import tree_of
 from eval import controls
+from eval.cost import pass_milliseconds
 from eval.prompts import Prompt, collect
 from eval.report import headline_lines, summarise, write_report
+from eval.shapes import Shape, shapes_of
 
 VERIFIED = 6  # tokens of a pass when the cost of verification is measured
 KEYS = ("arm", "temperature", "batch", "repeat", "group")  # what names a run
@@ -36,8 +36,9 @@ class Bench:
     """Measures a drafter on prompts of one or more tasks.
 
     Arms (autoregressive, the drafter, each baseline) run in turn on each prompt, `repeats` times;
-    `draft_lengths` are tried on `trial_prompts` prompts that are then left out, and the fastest is
-    used. dtype null takes the faster of bf16 and fp32 by the measured cost of verification.
+    chains of `draft_lengths`, `trees` and what a tune_tree stage found (where the family grows
+    trees) are tried on `trial_prompts` prompts that are then left out, and the fastest is used.
+    dtype null takes the faster of bf16 and fp32 by the measured cost of verification.
     Batch sizes above 1 are measured on prompts whose answers were not repetitive.
     """
 
@@ -55,6 +56,7 @@ class Bench:
         temperatures: list[float],
         batch_sizes: list[int],
         draft_lengths: list[int],
+        trees: list[dict[str, Any]] | None = None,
         trial_prompts: int = 6,
         control_prompts: int = 6,
         repeats: int = 3,
@@ -80,17 +82,27 @@ class Bench:
             limit, max_prompt_tokens, max_new_tokens,
         )  # fmt: skip
         self.temperatures, self.batch_sizes = temperatures, batch_sizes
-        self.draft_lengths, self.trial_prompts = draft_lengths, trial_prompts
+        for tree in trees or []:
+            tree_of(tree)  # its own checks, before anything starts
+        self.draft_lengths, self.trees, self.trial_prompts = (
+            draft_lengths, trees or [], trial_prompts,
+        )  # fmt: skip
         self.control_prompts, self.repeats = control_prompts, repeats
         self.baselines = {k: v for k, v in (baselines or {}).items() if v is not None}
         self.dtype, self.seed = dtype, seed
         self.stop_below, self.sample = stop_below, sample
 
     def run(
-        self, out: Path, *, drafter: Path, target: Path | None = None, data: Path | None = None
+        self,
+        out: Path,
+        *,
+        drafter: Path,
+        target: Path | None = None,
+        data: Path | None = None,
+        tree: Path | None = None,
     ) -> dict[str, float]:
         """Writes artifact/: report.json, report.md, report.png, runs.jsonl. `data` names the
-        generate stage whose prompts must not be measured on."""
+        generate stage whose prompts must not be measured on, `tree` a tune_tree stage."""
         tokenizer = self.target.tokenizer(target)
         require_template(tokenizer, self.target.path or "the target")
         require_same_tokenizer(tokenizer, str(drafter))
@@ -112,16 +124,11 @@ class Bench:
         ours = load(drafter, model.shape)
         cast(ours, model.dtype).to(model.device)
         ours.stop_below, ours.sample = self.stop_below, self.sample  # type: ignore[assignment]
-        choice = out / "draft_lengths.json"
-        if not choice.is_file():
-            write_json(choice, self._try_lengths(model, ours, trial))
-        tried = json.loads(choice.read_text(encoding="utf-8"))
-        best = int(max(tried, key=tried.get)) if tried else self.draft_lengths[0]
-        ours.draft_length = best  # type: ignore[assignment]
+        shape, tried = self._choose(model, ours, trial, tree, out / "draft_shapes.json")
         arms: dict[str, Drafter | None] = {"autoregressive": None, "drafter": ours}
         arms.update(self.baselines)
         runs = self._measure(model, arms, prompts, out / "runs.jsonl")
-        conditions = self._conditions(model, ours, why, tried, prompts, origin)
+        conditions = self._conditions(model, ours, why, shape, tried, prompts, origin)
         report = summarise(runs, conditions, found)
         write_report(out / "artifact", report, runs)
         for line in headline_lines(report):
@@ -155,18 +162,28 @@ class Bench:
         why = f"the faster at verifying {VERIFIED} tokens: {shown}"
         return self.target.load(folder, best), why
 
-    def _try_lengths(self, model: Target, ours: Trained, trial: list[Prompt]) -> dict[int, float]:
-        """Tokens/s on the trial prompts with each draft length, if there are several.
+    def _choose(
+        self, model: Target, ours: Trained, trial: list[Prompt], tuned: Path | None, kept: Path
+    ) -> tuple[Shape, dict[str, float]]:
+        """The shape with the most tokens/s on the trial prompts, and what each had.
 
         Over all temperatures together, since one drafter serves them all.
         """
-        speed: dict[int, float] = {}
-        for length in self.draft_lengths if len(self.draft_lengths) > 1 else []:
-            ours.draft_length = length  # type: ignore[assignment]
-            self._answer(model, ours, trial[:1], 0.0, 0)
-            done = [self._answer(model, ours, [p], t, 0) for t in self.temperatures for p in trial]
-            speed[length] = sum(d.tokens for d in done) / sum(d.seconds for d in done)
-        return speed
+        shapes = shapes_of(ours, self.draft_lengths, self.trees, tuned)
+        if not kept.is_file():
+            speed: dict[str, float] = {}
+            for shape in shapes if len(shapes) > 1 else []:
+                shape.give(ours)
+                self._answer(model, ours, trial[:1], 0.0, 0)
+                done = [
+                    self._answer(model, ours, [p], t, 0) for t in self.temperatures for p in trial
+                ]
+                speed[str(shape)] = sum(d.tokens for d in done) / sum(d.seconds for d in done)
+            write_json(kept, speed)
+        tried = json.loads(kept.read_text(encoding="utf-8"))
+        best = max(shapes, key=lambda shape: tried.get(str(shape), 0.0))
+        best.give(ours)
+        return best, tried
 
     def _measure(
         self, model: Target, arms: dict[str, Drafter | None], prompts: list[Prompt], kept: Path
@@ -216,6 +233,7 @@ class Bench:
         model: Target,
         ours: Trained,
         why: str,
+        shape: Shape,
         tried: dict[str, float],
         prompts: list[Prompt],
         origin: str,
@@ -231,10 +249,10 @@ class Bench:
             "threads": torch.get_num_threads(),
             "dtype": str(model.dtype).removeprefix("torch."),
             "dtype_reason": why,
-            "draft_length": ours.draft_length,
-            "stop_below": self.stop_below,
-            "draft_length_choice": tried,
-            "rule": "one-hot at temperature 0, block verification above (both lossless)",
+            "draft_shape": str(shape),
+            "draft": shape.arguments() | {"stop_below": self.stop_below},
+            "draft_shape_choice": tried,
+            "rule": f"{_rules(shape, self.sample)} (lossless)",
             "max_new_tokens": self.max_new_tokens,
             "repeats": self.repeats,
             "prompts": len(prompts),
@@ -243,20 +261,13 @@ class Bench:
         }
 
 
-def pass_milliseconds(model: Target, tokens: int, context: int = 64, repeats: int = 15) -> float:
-    """Median milliseconds of a pass over `tokens` tokens behind `context` committed ones."""
-    ids = torch.arange(context, device=model.device)[None] % model.shape.vocab_size
-    cache = model.new_cache(1, context + 64)
-    model.prefill(ids, [context], cache)
-    draft = Draft.chain(ids[:, : tokens - 1], [tokens - 1])
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        model.score(ids[:, -1], draft, cache)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return median(times) * 1000
+def _rules(shape: Shape, sample: bool) -> str:
+    """How drafts of this shape are verified, in words."""
+    kind = shape.tree["kind"] if shape.tree else "chain"
+    if kind in ("static", "dynamic") or not sample:
+        return "one-hot"
+    sampled = "block verification" if kind == "chain" else "recursive rejection"
+    return f"one-hot at temperature 0, {sampled} above"
 
 
 def _split(prompts: list[Prompt], trial: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:

@@ -109,16 +109,16 @@ def _conditions(conditions: Row) -> str:
         **{"target": "target", "parameters_target": "its parameters"},
         **{"drafter": "drafter", "parameters_drafter": "its parameters"},
         **{"device": "device", "threads": "threads", "dtype": "dtype", "dtype_reason": "why"},
-        **{"draft_length": "draft length", "rule": "acceptance rule"},
+        **{"draft_shape": "draft", "rule": "acceptance rule"},
         **{"max_new_tokens": "most new tokens", "prompts": "prompts", "repeats": "repeats"},
         **{"prompt_source": "prompts from"},
     }
     rows = [(named.get(key, key), _said(conditions[key])) for key in named if key in conditions]
     versions = ", ".join(f"{k} {v}" for k, v in conditions.get("versions", {}).items())
-    tried = conditions.get("draft_length_choice") or {}
+    tried = conditions.get("draft_shape_choice") or {}
     if tried:
-        speeds = ", ".join(f"{length}: {speed:.1f}" for length, speed in tried.items())
-        rows.append(("draft length chosen by", f"a short trial, tokens/s by length: {speeds}"))
+        speeds = ", ".join(f"{shape}: {speed:.1f}" for shape, speed in tried.items())
+        rows.append(("chosen by", f"a short trial, tokens/s: {speeds}"))
     return _grid(("", ""), [*rows, ("versions", versions)])
 
 

@@ -27,11 +27,12 @@ DEFINITIONS = {
     "ended inside an accepted draft.",
     "acceptance by position": "conditional: of the rounds that drafted position k and accepted "
     "all before it, the share that accepted k. Survival (unconditional): of the rounds that "
-    "drafted position k, the share that accepted it. Shorter drafts are in neither denominator; "
-    "rounds are pooled, intervals are over prompts.",
+    "drafted position k, the share that accepted it; a tree drafts the positions of its longest "
+    "path, and accepts one if any of its nodes there stands. Shorter drafts are in neither "
+    "denominator; rounds are pooled, intervals are over prompts.",
     "draft, verify": "milliseconds for each round in the drafter and in the target's call; per "
-    "drafted token: draft milliseconds / tokens drafted. Plain: the target's call of "
-    "autoregressive decoding.",
+    "drafted token: draft milliseconds / positions drafted (a tree's levels). Plain: the "
+    "target's call of autoregressive decoding.",
     "TTFT": "milliseconds until the first round's tokens are there: prefill of target and "
     "drafter, and one round. Mean over runs.",
     "TPOT": "milliseconds from a request's token to its next, first round excluded, at batch > 1 "

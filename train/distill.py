@@ -77,9 +77,12 @@ class Distill:
         if rank == 0:
             prepare(out, rows, documents, self.schedule)
         barrier()
-        frozen = self.target.load(target) if self.objective.needs_target else None
-        shape = frozen.shape if frozen else shape_of(self.target, target)
-        module = self._drafter(shape, drafter, tokenizer)
+        shape = shape_of(self.target, target)
+        module = self._drafter(shape)
+        reads = self.objective.needs_target or module.needs_target
+        frozen = self.target.load(target) if reads else None
+        module.initialise(frozen, lambda: _counts(out, shape))
+        self._start_from(drafter, module, tokenizer)
         warn_if_large(module, shape)
 
         def step(engine: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -93,17 +96,22 @@ class Distill:
         barrier()
         return metrics
 
-    def _drafter(self, shape: Shape, parent: Path | None, tokenizer: Any) -> Trained:
+    def _drafter(self, shape: Shape) -> Trained:
         torch.manual_seed(self.schedule.seed)
         module = self.drafter(shape)
         assert isinstance(module, Trained), f"{type(module).__name__} has nothing to train"
-        module.initialise()
+        return module
+
+    def _start_from(self, parent: Path | None, module: Trained, tokenizer: Any) -> None:
         start = parent or self.init or self.drafter.arguments.get("checkpoint")
         if start:
             require_same_tokenizer(tokenizer, str(start))
         if parent or self.init:
             module.read(Path(parent or str(self.init)))
-        return module
+
+
+def _counts(out: Path, shape: Shape) -> Tensor:
+    return pack.Packed(out / "packed" / "train").counts(shape.vocab_size)
 
 
 def rows_of(source: Source | None, generated: Path | None) -> tuple[Iterable[Row | Sample], str]:

@@ -93,7 +93,8 @@ def estimate(stage: Planned, shape: Shape | None) -> Estimate:
             plan = made.schedule
             said = "sizes are not known while the Hub cannot be reached"
             return Estimate(said, plan.steps * plan.batch_tokens, plan.steps)
-        reads = shape.parameters() if made.objective.needs_target else 0
+        reads_target = made.objective.needs_target or made.drafter.cls.needs_target  # type: ignore[attr-defined]
+        reads = shape.parameters() if reads_target else 0
         layers = int(made.drafter.arguments.get("layers") or 1)
         return _training(made.schedule, count, layers, shape.hidden_size, reads, shape.vocab_size)
     if isinstance(made, Generate):
@@ -193,7 +194,7 @@ def show(name: str, config: dict[str, Any], stages: list[Planned]) -> None:
     print(f"recipe {name}: {len(stages)} stages; nothing is started")
     what = f"{shape.parameters():,} parameters" if shape else "not known offline"
     print(f"target: {config['target'].get('path') or 'trained by stage target'}, {what}")
-    if shape:
+    if shape and config.get("drafter"):
         count = drafter_parameters(config["drafter"], shape)
         size = f"{count:,} parameters ({count / shape.parameters():.1%})" if count else "not known"
         print(f"drafter: {config['drafter']['_target_']}, {size}")

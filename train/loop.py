@@ -4,6 +4,7 @@ Shapes: B batch, T tokens.
 """
 
 import math
+import resource
 import signal
 import threading
 import time
@@ -95,7 +96,7 @@ class Loop:
         self.tracker.close()
         done = (plan.steps - first) * plan.batch_tokens
         speed = {"tokens_per_second": done / seconds} if done else {}
-        return {"steps": plan.steps, **speed, **found}
+        return {"steps": plan.steps, **speed, "peak_memory_mib": peak_memory(), **found}
 
     def _step(self, engine: Engine, step_fn: Step, step: int, micro: int) -> dict[str, float]:
         """One optimiser step. The loss is the mean over the supervised tokens of all ranks."""
@@ -183,6 +184,13 @@ class Loop:
         )
 
 
+def peak_memory() -> float:
+    """The most this process has held, MiB: on its GPU, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def _to_device(batch: Batch, engine: Engine) -> Batch:
     device = next(engine.module.parameters()).device
     return Batch(batch.ids_BT.to(device), batch.mask_BT.to(device), batch.doc_BT.to(device))
@@ -194,5 +202,10 @@ def _add(sums: dict[str, float], values: Metrics) -> None:
 
 
 def _means(sums: dict[str, float]) -> dict[str, float]:
-    tokens = max(1.0, sums["tokens"])
-    return {key: value / tokens for key, value in sums.items() if key != "tokens"}
+    """Per supervised token; what belongs to a later draft position k (`name@k`) by its own."""
+    found = {}
+    for key, value in sums.items():
+        name, at, k = key.partition("@")
+        if name != "tokens":
+            found[key] = value / max(1.0, sums[f"tokens{at}{k}"])
+    return found

@@ -7,6 +7,7 @@ differences.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,12 +36,11 @@ class Loss(ABC):
 
         def judge(q_CV: Tensor, at: slice) -> tuple[Tensor, Sums]:
             log_q_CV = q_CV.float().log_softmax(-1)
-            labels_C, real_C = padded.labels_N[at], real_N[at]
-            log_p_CV = _target_law(padded, target, at)
-            loss_C = per_token(log_q_CV, log_p_CV, labels_C, at)
-            return (loss_C * real_C).sum(), _measure(log_q_CV.detach(), log_p_CV, labels_C, real_C)
+            truth = _truth(padded, real_N, target, at)
+            loss_C = per_token(log_q_CV, truth.log_p_CV, truth.labels_C.clamp(min=0), at)
+            return (loss_C * truth.counts_C).sum(), _measure(log_q_CV.detach(), truth)
 
-        return chunked(padded.hidden_ND, padded.weight_VD, judge)
+        return chunked(padded, target, judge)
 
     def prepare(self, prediction: Prediction, target: Target | None) -> PerToken:
         """What turns (log q, log p, labels) of a chunk, and which it is, into a loss per token."""
@@ -108,25 +108,22 @@ class LambdaHybrid(Loss):
     """lambda KL(p || q) + (1 - lambda) TV, lambda = exp(-eta alpha) (LK losses, 2602.23881).
 
     alpha is averaged over the predictions of a sequence at one draft position, and detached: of
-    the paper's "batch or sequence" the one that does not depend on the micro-batch. Draft position
-    n weighs decay^n.
+    the paper's "batch or sequence" the one that does not depend on the micro-batch. The families
+    weigh their draft positions themselves.
     """
 
-    def __init__(self, *, eta: float = 3.0, decay: float = 0.8) -> None:
-        if eta < 0 or not 0 < decay <= 1:
-            raise ValueError(
-                f"objective has eta {eta} and decay {decay}; eta must be >= 0, decay in (0, 1]"
-            )
-        self.eta, self.decay = eta, decay
+    def __init__(self, *, eta: float = 3.0) -> None:
+        if eta < 0:
+            raise ValueError(f"objective.eta is {eta}; it must be at least 0")
+        self.eta = eta
 
     def prepare(self, prediction, target):
         padded, real_N = _pad(prediction)
         mix_N = torch.exp(-self.eta * _mean_alpha(padded, real_N, target))
-        weight = self.decay**prediction.position
 
         def per_token(log_q_CV: Tensor, log_p_CV: Any, labels_C: Tensor, at: slice) -> Tensor:
             mix_C, tv_C = mix_N[at], 1 - _alpha(log_q_CV, log_p_CV)
-            return weight * (mix_C * _kl(log_p_CV, log_q_CV) + (1 - mix_C) * tv_C)
+            return mix_C * _kl(log_p_CV, log_q_CV) + (1 - mix_C) * tv_C
 
         return per_token
 
@@ -135,46 +132,79 @@ class LambdaHybrid(Loss):
 
 
 def chunked(
-    hidden_ND: Tensor, weight_VD: Tensor, judge: Callable[[Tensor, slice], tuple[Tensor, Sums]]
+    prediction: Prediction,
+    target: Target | None,
+    judge: Callable[[Tensor, slice], tuple[Tensor, Sums]],
 ) -> tuple[Tensor, Sums]:
-    """Sums judge(hidden @ weight.T, slice) over chunks of tokens.
+    """Sums judge(logits, slice) over chunks of tokens.
 
     Each chunk's logits are made, judged, differentiated and dropped in the forward pass, so that
-    peak memory holds one chunk; backward only scales the gradients that were kept.
+    peak memory holds one chunk; backward only scales the gradients that were kept. A borrowed
+    head is differentiated through, and gets no gradient itself.
     """
     sums: Sums = {}
-    loss = _Chunked.apply(hidden_ND, weight_VD, judge, sums)
+    hidden_ND, weight_VD = prediction.hidden_ND, prediction.weight_VD
+
+    def borrowed(hidden_CD: Tensor) -> Tensor:
+        return prediction.logits(hidden_CD, target)
+
+    head = borrowed if weight_VD is None else None
+    loss = _Chunked.apply(hidden_ND, weight_VD, head, _slices(prediction, target), judge, sums)
     return loss, sums
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, judge: Judge, sums: Sums) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor | None,
+        head: Callable[[Tensor], Tensor] | None,
+        slices: list[slice],
+        judge: Judge,
+        sums: Sums,
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        need = ctx.needs_input_grad[0]
-        grad_hidden = torch.zeros_like(hidden_ND if need else total)
-        grad_weight = torch.zeros_like(weight_VD if need else total, dtype=torch.float32)
-        for at in _slices(hidden_ND.shape[0], weight_VD.shape[0]):
-            with torch.set_grad_enabled(need):
-                h = hidden_ND[at].detach().requires_grad_(need)
-                logits_CV = h.detach() @ weight_VD.detach().T
-                logits_CV.requires_grad_(need)
+        learn, learn_head = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(hidden_ND if learn else total)
+        grad_weight = None
+        if weight_VD is not None and learn_head:
+            grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
+        for at in slices:
+            with torch.set_grad_enabled(learn or learn_head):
+                h_CD = hidden_ND[at].detach().requires_grad_(learn and weight_VD is None)
+                if head is not None:
+                    logits_CV = head(h_CD)
+                else:
+                    assert weight_VD is not None
+                    logits_CV = (h_CD @ weight_VD.detach().T).requires_grad_(learn or learn_head)
                 loss, measured = judge(logits_CV, at)
             total += loss.detach()
             for key, value in measured.items():
                 sums[key] = sums.get(key, 0) + value
-            if need:
+            if head is not None and learn:
+                (grad_hidden[at],) = torch.autograd.grad(loss, h_CD)
+            elif learn or learn_head:
+                assert weight_VD is not None
                 (grad_CV,) = torch.autograd.grad(loss, logits_CV)
-                grad_hidden[at] = grad_CV @ weight_VD
-                grad_weight += grad_CV.T @ hidden_ND[at]
-        if need:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
+                if learn:
+                    grad_hidden[at] = grad_CV @ weight_VD
+                if grad_weight is not None:
+                    grad_weight += grad_CV.T @ h_CD
+        ctx.save_for_backward(
+            grad_hidden if learn else None,
+            None if grad_weight is None or weight_VD is None else grad_weight.to(weight_VD.dtype),
+        )
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_out, grad_weight * grad_out, None, None
+        return (
+            None if grad_hidden is None else grad_hidden * grad_out,
+            None if grad_weight is None else grad_weight * grad_out,
+            *[None] * 4,
+        )
 
 
 def _pad(prediction: Prediction) -> tuple[Prediction, Tensor]:
@@ -194,50 +224,95 @@ def _pad(prediction: Prediction) -> tuple[Prediction, Tensor]:
         row_N=F.pad(prediction.row_N, (0, more)),
         target_ND=None if states is None else F.pad(states, (0, 0, 0, more)),
         position=prediction.position,
+        vocabulary_V=prediction.vocabulary_V,
     )
     return padded, real_N
 
 
-def _slices(tokens: int, vocabulary: int) -> list[slice]:
-    step = max(16, CHUNK_ELEMENTS // vocabulary)
+def _slices(prediction: Prediction, target: Target | None) -> list[slice]:
+    """Chunks of tokens whose logits, the drafter's or the target's, have CHUNK_ELEMENTS."""
+    tokens, weight_VD = len(prediction.hidden_ND), prediction.weight_VD
+    rows = [weight_VD.shape[0]] if weight_VD is not None else []
+    rows += [target.shape.vocab_size] if target is not None else []
+    step = max(16, CHUNK_ELEMENTS // max(rows))
     return [slice(i, min(i + step, tokens)) for i in range(0, tokens, step)]
 
 
-def _target_law(prediction: Prediction, target: Target | None, at: slice) -> Tensor | None:
-    if prediction.target_ND is None or target is None:
-        return None
-    with torch.no_grad():
-        return target.logits(prediction.target_ND[at]).float().log_softmax(-1)
+@dataclass
+class _Truth:
+    """What a chunk is judged by: log p and labels over the drafter's vocabulary, what is real (not
+    padding), what counts for the loss, and log of the share of p inside that vocabulary."""
+
+    log_p_CV: Tensor | None
+    labels_C: Tensor
+    real_C: Tensor
+    counts_C: Tensor
+    log_share_C1: Tensor | float = 0.0
+
+
+@torch.no_grad()
+def _truth(prediction: Prediction, real_N: Tensor, target: Target | None, at: slice) -> _Truth:
+    """Where the drafter's vocabulary is smaller p is renormalised, and predictions whose likeliest
+    token (whose label, without a target) lies outside do not count in the loss (EAGLE-3)."""
+    labels_C, real_C = prediction.labels_N[at], real_N[at]
+    log_p_CV = None
+    if prediction.target_ND is not None and target is not None:
+        log_p_CV = target.logits(prediction.target_ND[at]).float().log_softmax(-1)
+    ids_V = prediction.vocabulary_V
+    if ids_V is None:
+        return _Truth(log_p_CV, labels_C, real_C, real_C)
+    decisive_C = labels_C if log_p_CV is None else log_p_CV.argmax(-1)
+    counts_C = real_C * _within(decisive_C, ids_V)[1]
+    place_C, inside_C = _within(labels_C, ids_V)
+    labels_C = torch.where(inside_C, place_C, -1)
+    if log_p_CV is None:
+        return _Truth(None, labels_C, real_C, counts_C)
+    kept_CV = log_p_CV[:, ids_V]
+    log_share_C1 = kept_CV.logsumexp(-1, keepdim=True)
+    return _Truth(kept_CV - log_share_C1, labels_C, real_C, counts_C, log_share_C1)
+
+
+def _within(tokens_C: Tensor, ids_V: Tensor) -> tuple[Tensor, Tensor]:
+    """Places of the tokens among the sorted ids (0 for those that are not), and which are."""
+    place_C = torch.searchsorted(ids_V, tokens_C).clamp(max=len(ids_V) - 1)
+    inside_C = ids_V[place_C] == tokens_C
+    return torch.where(inside_C, place_C, 0), inside_C
 
 
 @torch.no_grad()
 def _mean_alpha(prediction: Prediction, real_N: Tensor, target: Target | None) -> Tensor:
     """alpha of each prediction's sequence, [N]."""
-    alphas = []
-    for at in _slices(len(prediction.labels_N), prediction.weight_VD.shape[0]):
-        log_q = (prediction.hidden_ND[at] @ prediction.weight_VD.T).float().log_softmax(-1)
-        log_p = _target_law(prediction, target, at)
-        assert log_p is not None, "the hybrid loss needs a target"
-        alphas.append(_alpha(log_q, log_p))
-    alpha_N, row_N = torch.cat(alphas) * real_N, prediction.row_N
+    alphas, counts = [], []
+    for at in _slices(prediction, target):
+        log_q = prediction.logits(prediction.hidden_ND[at], target).float().log_softmax(-1)
+        truth = _truth(prediction, real_N, target, at)
+        assert truth.log_p_CV is not None, "the hybrid loss needs a target"
+        alphas.append(_alpha(log_q, truth.log_p_CV) * truth.counts_C)
+        counts.append(truth.counts_C)
+    alpha_N, count_N, row_N = torch.cat(alphas), torch.cat(counts), prediction.row_N
     rows = int(row_N.max()) + 1
     total_B = alpha_N.new_zeros(rows).index_add(0, row_N, alpha_N)
-    count_B = alpha_N.new_zeros(rows).index_add(0, row_N, real_N)
+    count_B = alpha_N.new_zeros(rows).index_add(0, row_N, count_N)
     return (total_B / count_B.clamp(min=1))[row_N]
 
 
 @torch.no_grad()
-def _measure(log_q_CV: Tensor, log_p_CV: Tensor | None, labels_C: Tensor, real_C: Tensor) -> Sums:
-    """Sums over the chunk: tokens, ce, top-1 hits; with a target also alpha and agreement."""
-    guess_C = log_q_CV.argmax(-1)
+def _measure(log_q_CV: Tensor, truth: _Truth) -> Sums:
+    """Sums over the chunk: tokens, ce, top-1 hits; with a target also alpha and agreement.
+
+    A token outside the drafter's vocabulary is a miss, and what p gives it is no acceptance.
+    """
+    guess_C, labels_C, real_C = log_q_CV.argmax(-1), truth.labels_C, truth.real_C
+    ce_C = F.nll_loss(log_q_CV, labels_C.clamp(min=0), reduction="none")
     sums = {
         "tokens": real_C.sum(),
-        "ce": (F.nll_loss(log_q_CV, labels_C, reduction="none") * real_C).sum(),
+        "ce": (ce_C * truth.counts_C).sum(),
         "top1": ((guess_C == labels_C) * real_C).sum(),
     }
-    if log_p_CV is not None:
-        sums["alpha"] = (_alpha(log_q_CV, log_p_CV) * real_C).sum()
-        sums["agree"] = ((guess_C == log_p_CV.argmax(-1)) * real_C).sum()
+    if truth.log_p_CV is not None:
+        log_p_CV = truth.log_p_CV
+        sums["alpha"] = (_alpha(log_q_CV, log_p_CV + truth.log_share_C1) * real_C).sum()
+        sums["agree"] = ((guess_C == log_p_CV.argmax(-1)) * truth.counts_C).sum()
     return sums
 
 

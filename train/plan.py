@@ -40,9 +40,10 @@ class Planned:
 def plan(config: dict[str, Any], root: Path) -> list[Planned]:
     """The recipe's stages in an order that respects `needs`. Raises ValueError on a bad recipe."""
     stages = _stages(config.get("stages") or {})
-    if config["target"].get("path"):
-        _drop_target_stage(stages)
     needs = {name: _needs(name, stage) for name, stage in stages.items()}
+    if config["target"].get("path"):
+        _drop(needs, _of(stages, "train.base.BaseTarget"))
+    _drop(needs, _treeless(stages, needs))
     planned: dict[str, Planned] = {}
     for name in _order(needs):
         body = {k: v for k, v in stages[name].items() if k != "needs"}
@@ -132,14 +133,29 @@ def _stages(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return whole
 
 
-def _drop_target_stage(stages: dict[str, dict[str, Any]]) -> None:
-    """With a target at hand, nothing trains one, and whoever needed that stage reads the path."""
-    trained = [n for n, s in stages.items() if s.get("_target_") == "train.base.BaseTarget"]
-    for name in trained:
-        del stages[name]
-    for stage in stages.values():
-        needs = dict(stage.get("needs") or {})
-        stage["needs"] = {a: source for a, source in needs.items() if source not in trained}
+def _of(stages: dict[str, dict[str, Any]], target: str) -> list[str]:
+    return [name for name, stage in stages.items() if stage.get("_target_") == target]
+
+
+def _drop(needs: dict[str, dict[str, str]], dead: list[str]) -> None:
+    """Take stages out of the plan, and out of what the others need."""
+    for name in dead:
+        del needs[name]
+    for mine in needs.values():
+        for argument in [a for a, source in mine.items() if source in dead]:
+            del mine[argument]
+
+
+def _treeless(stages: dict[str, dict[str, Any]], needs: dict[str, dict[str, str]]) -> list[str]:
+    """The tree stages of drafters that have no heads, so grow no trees."""
+    from drafters.heads import Heads
+
+    dead = []
+    for name in _of(stages, "eval.tune_tree.TuneTree"):
+        drafter = stages.get(needs[name].get("drafter", ""), {}).get("drafter") or {}
+        if "_target_" in drafter and not issubclass(find(drafter["_target_"], "drafter"), Heads):
+            dead.append(name)
+    return dead
 
 
 def _needs(name: str, stage: dict[str, Any]) -> dict[str, str]:
@@ -173,11 +189,13 @@ def _check_inputs(
     run = getattr(cls, "run", None)
     if run is None:
         raise ValueError(f"stages.{name}._target_ is {body['_target_']}, which is no stage")
-    accepted = [p for p in inspect.signature(run).parameters if p not in ("self", "out")]
+    parameters = inspect.signature(run).parameters
+    accepted = [p for p in parameters if p not in ("self", "out")]
+    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for argument in needs:
-        if argument not in accepted:
+        if argument not in accepted and not any_name:
             raise ValueError(unknown(f"stages.{name}.needs.{argument}", argument, accepted))
-    for argument, parameter in inspect.signature(run).parameters.items():
+    for argument, parameter in parameters.items():
         required = parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
         if required and argument not in needs:
             raise ValueError(f"stages.{name}.needs.{argument} is missing: name the stage")

@@ -83,7 +83,11 @@ class Publish:
                 "",
                 "## Use",
                 "",
-                _snippet(base or "path/to/target", self.repository),
+                _use(
+                    json.loads((folder / "drafter.json").read_text(encoding="utf-8"))["family"],
+                    base or "path/to/target",
+                    self.repository,
+                ),
                 "",
                 "## What it was trained on",
                 "",
@@ -168,26 +172,54 @@ def as_measured(folder: Path, conditions: dict[str, Any]) -> None:
     """
     dtype = DTYPES[conditions["dtype"]]
     for file in folder.glob("*.safetensors"):
-        tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+        tensors = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in load_file(file).items()
+        }
         save_file(tensors, file, metadata={"format": "pt"})
     _change(folder / "config.json", {"dtype": conditions["dtype"]})
-    length, stop = conditions["draft_length"], conditions["stop_below"]
+    draft = conditions["draft"]
     _change(
         folder / "generation_config.json",
         {
-            "num_assistant_tokens": length,
+            "num_assistant_tokens": draft.get("draft_length"),
             "num_assistant_tokens_schedule": "constant",
-            "assistant_confidence_threshold": stop,
+            "assistant_confidence_threshold": draft["stop_below"],
         },
     )
     note = json.loads((folder / "drafter.json").read_text(encoding="utf-8"))
-    note["arguments"] |= {"draft_length": length, "stop_below": stop}
+    note["arguments"] |= draft
     write_json(folder / "drafter.json", note)
 
 
 def _change(file: Path, settings: dict[str, Any]) -> None:
     if file.is_file():
         write_json(file, json.loads(file.read_text(encoding="utf-8")) | settings)
+
+
+def _use(family: str, target: str, drafter: str) -> str:
+    """How to serve it: an `lm` in transformers; heads with this project's own loop."""
+    if family == "lm":
+        return _snippet(target, drafter)
+    return f"""These are draft heads of the family `{family}` (`model.safetensors`, `config.json`;
+`drafter.json` names the family and the shape of draft that was measured):
+
+```python
+from pathlib import Path
+
+from decoding.loop import decode
+from decoding.pretrained import Pretrained
+from decoding.sampling import Sampling
+from drafters.base import cast, load
+
+spec = Pretrained(path="{target}")
+target, tokenizer = spec.load(), spec.tokenizer()
+drafter = cast(load(Path("{drafter}"), target.shape), target.dtype).to(target.device)
+messages = [{{"role": "user", "content": "..."}}]
+ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+done = decode(target, drafter, [ids], sampling=Sampling(), max_new_tokens=256)
+print(tokenizer.decode(done.answers[0].ids))
+```"""
 
 
 def _snippet(target: str, drafter: str) -> str:

@@ -14,10 +14,10 @@ from eval.report import headline_lines, summarise, write_report
 CONDITIONS = {
     **{"target": "stages/target-1a/모델", "drafter": "stages/finetune-2b/drafter"},
     **{"device": "a CPU", "threads": 2, "dtype": "fp32", "dtype_reason": "faster by 1.4x"},
-    **{"draft_length": 3, "rule": "chain (lossless)", "max_new_tokens": 32, "repeats": 1},
+    **{"draft_shape": "chain of 3", "rule": "chain (lossless)", "max_new_tokens": 32, "repeats": 1},
     **{"prompts": 8, "prompt_source": "held-out", "versions": {"torch": "2.13.0"}},
     **{"parameters_target": 17_000_000, "parameters_drafter": 1_200_000},
-    "draft_length_choice": {2: 100.0, 3: 120.0},
+    "draft_shape_choice": {"chain of 2": 100.0, "chain of 3": 120.0},
 }
 CONTROLS = {
     "drafter = target": {"passed": True, "found": "accepted 3 of 3 in all 40 rounds"},

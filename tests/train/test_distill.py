@@ -433,15 +433,20 @@ def test_a_long_source_is_counted_and_checked_though_it_is_not_read_to_its_end(
 
 
 def test_a_start_from_another_stage_is_its_weights(place: Path, one, tmp_path: Path):
-    made = build(config(place))
     parent = one["CE"] / "artifact"
-    module = made._drafter(distill.shape_of(made.target, None), parent, made.target.tokenizer())
-    got = dict(module.model.named_parameters())
+
+    def started(stage: dict[str, Any]) -> Any:
+        made = build(stage)
+        module = made._drafter(distill.shape_of(made.target, None))
+        made._start_from(parent, module, made.target.tokenizer())
+        return module
+
+    got = dict(started(config(place)).model.named_parameters())
     assert all(torch.equal(got[name], value) for name, value in weights(one["CE"]).items())
     stage = config(place)
     stage["drafter"]["width"] = 128
     with pytest.raises((ValueError, RuntimeError)):
-        build(stage)._drafter(distill.shape_of(made.target, None), parent, made.target.tokenizer())
+        started(stage)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ class Head(nn.Module):
     def __init__(self, weight_VD: Tensor) -> None:
         super().__init__()
         self.weight = weight_VD
+        self.shape = Shape(*weight_VD.shape, 1, 1, 1, 1, 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden @ self.weight.T
@@ -167,15 +168,15 @@ def test_cold_start_has_no_total_variation_gradient_where_the_others_have_one():
     assert size[NegLogAcceptance] == pytest.approx(0.447, abs=0.05)
 
 
-def test_the_hybrid_mixes_by_the_mean_acceptance_of_the_group_and_its_position():
+def test_the_hybrid_mixes_by_the_mean_acceptance_of_the_group():
     hidden, weight, states, target = problem()
     p, q = target.logits(states).softmax(-1), (hidden @ weight.T).softmax(-1)
     alpha = torch.minimum(p, q).sum(-1)
     kl = (p * (p.log() - q.log())).sum(-1)
     for position in (0, 1, 3):
         mix = math.exp(-2.0 * float(alpha.mean()))
-        expected = 0.7**position * (mix * kl + (1 - mix) * (1 - alpha)).sum()
-        got, _ = LambdaHybrid(eta=2.0, decay=0.7)(make(hidden, weight, states, position), target)
+        expected = (mix * kl + (1 - mix) * (1 - alpha)).sum()
+        got, _ = LambdaHybrid(eta=2.0)(make(hidden, weight, states, position), target)
         torch.testing.assert_close(got, expected)
 
 
@@ -318,7 +319,7 @@ def test_backward_scales_with_what_comes_after():
     grads = []
     for factor in (1.0, 2.5):
         h = hidden.clone().requires_grad_()
-        loss, _ = chunked(h, weight, lambda z, at: (z.square().sum(), {}))
+        loss, _ = chunked(make(h, weight, None), None, lambda z, at: (z.square().sum(), {}))
         (loss * factor).backward()
         grads.append(h.grad)
     torch.testing.assert_close(grads[0] * 2.5, grads[1])
@@ -329,9 +330,7 @@ def test_backward_scales_with_what_comes_after():
     [
         (lambda: JSD(beta=0.0), "beta is 0.0; it must lie between 0 and 1"),
         (lambda: JSD(beta=1.0), "beta is 1.0"),
-        (lambda: LambdaHybrid(eta=-1.0), "eta -1.0"),
-        (lambda: LambdaHybrid(decay=0.0), "decay 0.0"),
-        (lambda: LambdaHybrid(decay=1.1), "decay in"),
+        (lambda: LambdaHybrid(eta=-1.0), "eta is -1.0"),
     ],
 )
 def test_settings_out_of_range_are_refused(make_it, said: str):
@@ -402,3 +401,18 @@ def test_labels_are_the_next_token_and_the_target_is_read_at_the_same_place():
     kl, _ = drafter(batch(ids, mask), target, ForwardKL())
     torch.testing.assert_close(kl, (p.exp() * (p - q)).sum(), rtol=1e-5, atol=1e-5)
     assert all(x.grad is None and not x.requires_grad for x in target.parameters())
+
+
+def test_the_hybrids_mixture_knows_only_what_counts():
+    """Predictions outside the drafter's vocabulary are dropped, and so must their acceptance be."""
+    hidden, weight, states, target = problem(n=40)
+    ids_V = torch.tensor([1, 4, 5, 9])
+    whole = make(hidden, weight[ids_V], states)
+    whole.vocabulary_V, whole.labels_N = ids_V, torch.zeros(40, dtype=torch.long)
+    inside = torch.isin(target.logits(states).argmax(-1), ids_V)
+    part = make(hidden[inside], weight[ids_V], states[inside])
+    part.vocabulary_V, part.labels_N = ids_V, torch.zeros(int(inside.sum()), dtype=torch.long)
+    assert 3 < int(inside.sum()) < 37
+    all_of_them, _ = LambdaHybrid()(whole, target)
+    those_inside, _ = LambdaHybrid()(part, target)
+    torch.testing.assert_close(all_of_them, those_inside)
