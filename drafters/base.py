@@ -44,7 +44,8 @@ class Prediction:
 
     hidden_ND are the drafter's states, weight_VD its head (None: the target's own, frozen),
     labels_N the true tokens; row_N the sequence of the batch that each belongs to, target_ND the
-    target's states at the same positions (None when no target is given). A head over part of the
+    target's states at the same positions (None when no target is given). position: 0 for the first
+    drafted token, -1 for the target's own (a family that changes it). A head over part of the
     vocabulary names its tokens in vocabulary_V (its row i is the target's token vocabulary[i]).
     """
 
@@ -94,6 +95,10 @@ class Drafter(nn.Module, ABC):
     taps: tuple[int, ...] = ()
     changes_target = False
 
+    def on(self, target: Target) -> Target:
+        """The target that it decodes with: this one, unless the family `changes_target`."""
+        return target
+
     @abstractmethod
     def start(
         self, target: Target, cache: Cache, sampling: Sampling, requests: list[int], max_len: int
@@ -121,6 +126,14 @@ class Trained(Drafter):
         """Sets the weights that training starts from, where they come from elsewhere: a checkpoint
         that the configuration names, the target's own head, the frequencies of the training data
         (`counts()`: of each token among the supervised ones, [V])."""
+
+    def learning(self, target: Target) -> Target:
+        """The target that it learns with: as `on`, but its changes can still be trained."""
+        return target
+
+    def adapt(self) -> None:
+        """Called when the weights to start from are there: freezes those that training leaves
+        alone and adds what it moves in their stead."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:

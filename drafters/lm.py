@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, S newly committed tokens, N drafted tokens, D width, V vocabulary.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ class LM(Trained):
     """A Llama-architecture LM of `layers` x `width` (null: as wide as the target), or, given
     `parameters`, the widest that fits that budget; or the architecture and weights of `checkpoint`.
 
+    lora: {rank: 16, alpha: 32} trains low-rank matrices beside the linear layers of what it starts
+    from (peft), which are added to them when it is saved; null trains everything.
     draft_length: tokens drafted a round. stop_below: a row stops drafting after a token that the
     drafter gave less than this probability (the token stays in the draft, so the law stays exact).
     sample: whether it draws its tokens when the target samples (else it takes the likeliest).
@@ -54,6 +57,7 @@ class LM(Trained):
         width: int | None = None,
         parameters: int | None = None,
         checkpoint: str | None = None,
+        lora: dict[str, int] | None = None,
         draft_length: int = 5,
         stop_below: float = 0.0,
         sample: bool = True,
@@ -63,7 +67,10 @@ class LM(Trained):
             raise ValueError(f"drafter.layers is {layers}; it must be at least 1")
         self.draft_length, self.stop_below, self.sample = draft_length, stop_below, sample
         self.chain()  # its own checks, before anything starts
-        self.checkpoint = checkpoint
+        if lora is not None and not (set(lora) == {"rank", "alpha"} and min(lora.values()) > 0):
+            raise ValueError(f"drafter.lora is {lora}; expected {{rank: 16, alpha: 32}} or null")
+        self.checkpoint, self.lora = checkpoint, lora
+        self._adapted: list[Any] = []  # peft's view of the model; a list, since it is no part
         self.model = _architecture(shape, layers, width, parameters, checkpoint)
         if self.model.config.vocab_size != shape.vocab_size:
             raise ValueError(
@@ -119,8 +126,21 @@ class LM(Trained):
     def chain(self) -> Chain:
         return Chain(self.draft_length, stop_below=self.stop_below, sample=self.sample)
 
+    def adapt(self) -> None:
+        if self.lora is None:
+            return
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=self.lora["rank"], lora_alpha=self.lora["alpha"], target_modules="all-linear"
+        )
+        self._adapted = [get_peft_model(self.model, config)]
+
     def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+        model = self.model
+        if self._adapted:
+            model = copy.deepcopy(self._adapted[0]).float().merge_and_unload()
+        model.save_pretrained(folder)
 
     def read(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM
@@ -140,7 +160,7 @@ class LM(Trained):
         drafter = cls.__new__(cls)
         torch.nn.Module.__init__(drafter)
         drafter.model = model
-        drafter.checkpoint = None
+        drafter.checkpoint, drafter.lora, drafter._adapted = None, None, []
         drafter.draft_length = drafting.get("draft_length", 5)
         drafter.stop_below = drafting.get("stop_below", 0.0)
         drafter.sample = drafting.get("sample", True)

@@ -1,19 +1,23 @@
-"""The family `medusa`: independent heads on the target's last state (Cai et al. 2024, Medusa-1).
+"""The family `medusa`: independent heads on the target's last state (Cai et al. 2024).
 
 Shapes: B batch, T tokens, W nodes of a level, K heads, D target width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from decoding.adapter import Adapted, Adapter
 from decoding.round import Seen
 from decoding.target import Shape, Target
-from drafters.base import Batch
-from drafters.heads import Grown, Heads, last
+from drafters.base import Batch, Metrics, Objective, Prediction
+from drafters.heads import WEIGHTS, Grown, Heads, last
 
 
 class ResBlocks(nn.Module):
@@ -37,6 +41,11 @@ class Medusa(Heads):
 
     head: `own`, a V x D matrix for each head, which starts as the target's; or `shared`, the
     target's own, frozen, so that a head is its blocks.
+
+    target_lora: null is Medusa-1; {rank: 32, alpha: 16} is Medusa-2, which also trains LoRA
+    matrices of the target, so that the target changes: loss = objective(adapted target, original)
+    + heads_weight x the heads'. With the objective forward_kl that is the paper's
+    self-distillation, with ce its joint training.
     """
 
     def __init__(
@@ -46,6 +55,8 @@ class Medusa(Heads):
         heads: int = 4,
         layers: int = 1,
         head: Literal["own", "shared"] = "own",
+        target_lora: dict[str, int] | None = None,
+        heads_weight: float = 0.2,
         decay: float = 0.8,
         draft_length: int = 4,
         stop_below: float = 0.0,
@@ -61,6 +72,39 @@ class Medusa(Heads):
         self.deepest = heads
         self.blocks: Any = nn.ModuleList(ResBlocks(shape.hidden_size, layers) for _ in range(heads))
         self.lm_heads: Any = own_heads(shape, heads if head == "own" else 0)
+        self.adapter = Adapter(**target_lora) if target_lora else None
+        self.changes_target, self.heads_weight = bool(target_lora), heads_weight
+
+    def on(self, target: Target) -> Target:
+        return self.adapter.merged(target) if self.adapter else target
+
+    def learning(self, target: Target) -> Target:
+        return self.adapter.beside(target) if self.adapter else target
+
+    def forward(
+        self, batch: Batch, target: Target | None, objective: Objective
+    ) -> tuple[Tensor, Metrics]:
+        if self.adapter is None:
+            return super().forward(batch, target, objective)
+        assert isinstance(target, Adapted), "Medusa-2 learns on the target that it adapts"
+        known = target(batch.ids_BT, doc_BT=batch.doc_BT)
+        heads, sums = super().forward(replace(batch, cached=known), target, objective)
+        supervised = batch.mask_BT[:, 1:]
+        teacher_ND = None
+        if objective.needs_target:
+            was = target.original(batch.ids_BT, doc_BT=batch.doc_BT)
+            teacher_ND = was.hidden_BTD[:, :-1][supervised]
+        own = Prediction(
+            hidden_ND=known.hidden_BTD[:, :-1][supervised],
+            weight_VD=None,
+            labels_N=batch.ids_BT[:, 1:][supervised],
+            row_N=supervised.nonzero()[:, 0],
+            target_ND=teacher_ND,
+            position=-1,  # the target's own, before the first head's
+        )
+        loss, measured = objective(own, target)
+        of_target = {f"{key}@target": value for key, value in measured.items()}
+        return loss + self.heads_weight * heads, sums | of_target
 
     def begin(self, state: Grown, seen: Seen, target: Target) -> Tensor:
         self.remember(state, self.mine(last(seen, seen.hidden_BSD))[:, None], root=True)
@@ -84,6 +128,23 @@ class Medusa(Heads):
     def initialise(self, target: Target | None, counts: Callable[[], Tensor]) -> None:
         assert target is not None, "heads start as the target's"
         copy_head(target, self.lm_heads)
+        if self.adapter is not None:
+            self.adapter.fit(target)
+
+    def save(self, folder: Path) -> None:
+        """With Medusa-2, the matrices also as peft reads them."""
+        super().save(folder)
+        if self.adapter is not None:
+            own = folder / "target_adapter"
+            self.adapter.config().save_pretrained(own)
+            save_file(self.adapter.peft_state(), own / "adapter_model.safetensors")
+
+    def read(self, folder: Path) -> None:
+        if self.adapter is not None:
+            saved = load_file(folder / WEIGHTS)
+            mine = {k: v for k, v in saved.items() if k.startswith("adapter.")}
+            self.adapter.take({k.removeprefix("adapter."): v for k, v in mine.items()})
+        super().read(folder)
 
     def config(self) -> dict[str, Any]:
         """vLLM's layout; it drops the biases unless told of them."""

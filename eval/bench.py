@@ -21,6 +21,7 @@ from decoding.target import Target
 from drafters.base import Drafter, Trained, cast, load, write_json
 from drafters.trees import tree_of
 from eval import controls
+from eval.change import changed
 from eval.cost import pass_milliseconds
 from eval.prompts import Prompt, collect
 from eval.report import headline_lines, summarise, write_report
@@ -30,6 +31,8 @@ VERIFIED = 6  # tokens of a pass when the cost of verification is measured
 KEYS = ("arm", "temperature", "batch", "repeat", "group")  # what names a run
 BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left"
 DTYPES = ("bfloat16", "float32")
+CHANGED = "for the changed target, not for the original"
+Arms = dict[str, tuple[Target, Drafter | None]]
 
 
 class Bench:
@@ -124,11 +127,16 @@ class Bench:
         ours = load(drafter, model.shape)
         cast(ours, model.dtype).to(model.device)
         ours.stop_below, ours.sample = self.stop_below, self.sample  # type: ignore[assignment]
-        shape, tried = self._choose(model, ours, trial, tree, out / "draft_shapes.json")
-        arms: dict[str, Drafter | None] = {"autoregressive": None, "drafter": ours}
-        arms.update(self.baselines)
-        runs = self._measure(model, arms, prompts, out / "runs.jsonl")
+        decoded = ours.on(model)
+        shape, tried = self._choose(decoded, ours, trial, tree, out / "draft_shapes.json")
+        arms: Arms = {"autoregressive": (model, None), "drafter": (decoded, ours)}
+        arms |= {name: (model, baseline) for name, baseline in self.baselines.items()}
+        runs = self._measure(arms, prompts, out / "runs.jsonl")
         conditions = self._conditions(model, ours, why, shape, tried, prompts, origin)
+        if decoded is not model:
+            some = [p.ids for p in prompts]
+            change = changed(model, decoded, some, self.max_new_tokens, self.seed)
+            conditions |= {"target_change": change, "rule": f"{conditions['rule']}: {CHANGED}"}
         report = summarise(runs, conditions, found)
         write_report(out / "artifact", report, runs)
         for line in headline_lines(report):
@@ -148,7 +156,7 @@ class Bench:
         some = [p.ids for p in prompts[: self.control_prompts]]
         ours = cast(load(drafter, exact.shape), torch.float32).to(exact.device)
         ours.stop_below, ours.sample = self.stop_below, self.sample  # type: ignore[assignment]
-        return controls.run(exact, ours, some, min(48, self.max_new_tokens), self.seed)
+        return controls.run(ours.on(exact), ours, some, min(48, self.max_new_tokens), self.seed)
 
     def _load(self, folder: Path | None) -> tuple[Target, str]:
         """The target in the dtype to measure in, and why that one."""
@@ -185,21 +193,19 @@ class Bench:
         best.give(ours)
         return best, tried
 
-    def _measure(
-        self, model: Target, arms: dict[str, Drafter | None], prompts: list[Prompt], kept: Path
-    ) -> list[dict[str, Any]]:
+    def _measure(self, arms: Arms, prompts: list[Prompt], kept: Path) -> list[dict[str, Any]]:
         """Every run, arms in turn; those that stand in `kept` already are not made again."""
         runs = _read(kept)
         have = {tuple(run[key] for key in KEYS) for run in runs}
         cells = [(b, t) for b in sorted(self.batch_sizes) for t in self.temperatures]
-        for drafter in arms.values():  # warm-up: not counted
+        for model, drafter in arms.values():  # warm-up: not counted
             self._answer(model, drafter, prompts[:1], self.temperatures[-1], 0)
         with tqdm(total=len(cells), desc="bench", bar_format=BAR) as bar, kept.open("a") as stream:
             for batch, temperature in cells:
                 groups = _groups(prompts, batch, temperature, runs)
                 turns = [(r, n) for r in range(self.repeats) for n in range(len(groups))]
                 for repeat, number in turns:
-                    for arm, drafter in arms.items():
+                    for arm, (model, drafter) in arms.items():
                         if (arm, temperature, batch, repeat, number) in have:
                             continue
                         together = [prompts[i] for i in groups[number]]

@@ -32,6 +32,7 @@ def pass_milliseconds(model: Target, tokens: int, context: int = 64, repeats: in
     return median(times) * 1000
 
 
+@torch.inference_mode()
 def level_milliseconds(
     model: Target, drafter: Heads, widths: list[int], context: int = 64, repeats: int = 9
 ) -> tuple[float, dict[int, float]]:

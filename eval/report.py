@@ -94,6 +94,8 @@ def headline_lines(report: dict[str, Any]) -> list[str]:
     if apart:
         parts = [f"{e['repetitive']} of {e['groups']} at T={e['temperature']:g}" for e in apart]
         lines.append(f"Prompts with repetitive answers, kept apart: {', '.join(parts)}.")
+    if change := report["conditions"].get("target_change"):
+        lines.append(f"Mind: {change['said']}.")
     vouched = _controls_line(report["controls"])
     return [*lines, vouched] if report["passed"] else [vouched, *lines]
 

@@ -73,6 +73,7 @@ class TuneTree:
                 "(stages.tune_tree=null)"
             )
         cast(ours, model.dtype).to(model.device)
+        model = ours.on(model)
         depth = min(self.depth, ours.deepest or self.depth)
         hits, positions = self._count(model, ours, depth, data)
         if not positions:
@@ -191,7 +192,7 @@ def _ranks(ours: Heads, batch: Batch, model: Target, depth: int) -> Tensor:
 
     def judge(prediction: Prediction, target: Target | None) -> tuple[Tensor, Metrics]:
         k = prediction.position + 1
-        if k <= depth:
+        if 1 <= k <= depth:
             valid = ahead(batch, k)
             ranks_BTK[:, : T - 1 - k, k - 1][valid] = _rank(prediction, target)
         return torch.zeros(()), {}

@@ -4,7 +4,7 @@ Shapes: B batch, T tokens.
 """
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,20 @@ class Distill:
         self.schedule, self.optim = schedule, optim
         self.data, self.init, self.tracker = data, init, tracker
 
+    def check(self, needs: Collection[str]) -> None:
+        """Refuses, before anything starts, what cannot work with these needs."""
+        if (self.data is None) == ("data" not in needs):
+            raise ValueError(
+                "a distill stage trains on its `data` or on the answers of a stage that it needs "
+                f"as `data`; it has {'neither' if self.data is None else 'both'}"
+            )
+        given = self.drafter.arguments
+        if given.get("lora") and not ("drafter" in needs or self.init or given.get("checkpoint")):
+            raise ValueError(
+                "drafter.lora adds to a model that is there already: give drafter.checkpoint, or "
+                "let an earlier stage provide the drafter (needs: {drafter: pretrain})"
+            )
+
     def fingerprint(self) -> str:
         """Contents of the folders that training starts from."""
         starts = (self.init, self.drafter.arguments.get("checkpoint"))
@@ -83,6 +97,9 @@ class Distill:
         frozen = self.target.load(target) if reads else None
         module.initialise(frozen, lambda: _counts(out, shape))
         self._start_from(drafter, module, tokenizer)
+        module.adapt()
+        if frozen is not None:
+            frozen = module.learning(frozen)
         warn_if_large(module, shape)
 
         def step(engine: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -116,14 +133,9 @@ def _counts(out: Path, shape: Shape) -> Tensor:
 
 def rows_of(source: Source | None, generated: Path | None) -> tuple[Iterable[Row | Sample], str]:
     """The rows to train on, of a language-checked source or of a generate stage, and their name."""
-    if (source is None) == (generated is None):
-        raise ValueError(
-            "a distill stage trains on its `data` or on the answers of a stage that it needs as "
-            f"`data`; it has {'neither' if source is None else 'both'}"
-        )
     if generated is not None:
         return read(generated), "the target's answers"
-    assert source is not None
+    assert source is not None, "check() refuses a stage with neither"
     return _gated(source), source.name
 
 

@@ -51,7 +51,9 @@ def plan(config: dict[str, Any], root: Path) -> list[Planned]:
             raise ValueError(f"the stage name {name!r} cannot be a folder's name")
         bind(body, f"stages.{name}")
         _check_inputs(name, body, needs[name], config)
-        build(body)  # its own checks, before anything starts
+        made = build(body)  # its own checks, before anything starts
+        if hasattr(made, "check"):
+            made.check(needs[name])
         known = {argument: planned[source] for argument, source in needs[name].items()}
         mark = fingerprint(body, {a: p.fingerprint for a, p in known.items()})
         folder = root / "stages" / f"{name}-{mark}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from decoding.pretrained import DTYPES, Pretrained
+from decoding.pretrained import DTYPES, Pretrained, contents_hash
 from drafters.base import write_json
 from train.worker import environment
 
@@ -43,7 +43,7 @@ class Publish:
         for name in CARRIED:
             shutil.copy2(report / name, part / name)
         as_measured(part, measured["conditions"])
-        provenance = self._provenance(drafter, report)
+        provenance = self._provenance(drafter, report, target)
         card = self._card(part, measured, provenance, target)
         (part / "README.md").write_text(card, encoding="utf-8")
         write_json(part / "provenance.json", provenance)
@@ -71,6 +71,11 @@ class Publish:
             "Speculative decoding with it is lossless: greedy answers equal the target's, sampled "
             "ones follow its law. What was checked stands under Controls."
         )
+        if change := measured["conditions"].get("target_change"):
+            lossless = (
+                f"**It does not leave the target as it was:** {change['said']}. The matrices are "
+                "in `target_adapter` (peft); merge them into the target before you serve it."
+            )
         body = (folder / "report.md").read_text(encoding="utf-8")
         return "\n".join(
             [
@@ -99,15 +104,22 @@ class Publish:
             ]
         )
 
-    def _provenance(self, drafter: Path, report: Path) -> dict[str, Any]:
+    def _provenance(self, drafter: Path, report: Path, target: Path | None) -> dict[str, Any]:
         stages: dict[str, dict[str, Any]] = {}
         _trace(drafter, stages)
         _trace(report, stages)
         return {
             "stages": stages,
             "environment": environment(),
-            "target": {"name": self.target.name, "revision": self.target.revision},
+            "target": {"name": self.target.name, "revision": self._revision(target)},
         }
+
+    def _revision(self, target: Path | None) -> str | None:
+        """Of the Hub, or a hash of the files of a target that lives in a folder."""
+        place = target or self.target.path
+        if place and Path(place).is_dir():
+            return contents_hash(place)
+        return self.target.revision
 
 
 def _trace(artifact: Path, stages: dict[str, dict[str, Any]]) -> None:
@@ -215,6 +227,7 @@ from drafters.base import cast, load
 spec = Pretrained(path="{target}")
 target, tokenizer = spec.load(), spec.tokenizer()
 drafter = cast(load(Path("{drafter}"), target.shape), target.dtype).to(target.device)
+target = drafter.on(target)  # itself, unless the family changes it
 messages = [{{"role": "user", "content": "..."}}]
 ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 done = decode(target, drafter, [ids], sampling=Sampling(), max_new_tokens=256)

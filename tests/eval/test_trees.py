@@ -13,11 +13,12 @@ from drafters.eagle import Eagle
 from drafters.lm import LM
 from drafters.medusa import Medusa
 from drafters.trees import Chain, Dynamic, Static
+from eval.cost import level_milliseconds
 from eval.shapes import Shape as DraftShape
 from eval.shapes import shapes_of
 from eval.shootout import Shootout
 from eval.tune_tree import _ranks, fastest
-from tests.drafters.contract import packed, teacher_forced
+from tests.drafters.contract import TRAINED, build, packed, teacher_forced
 from tests.toys import tiny_target
 
 RATE = {(0,): 0.6, (1,): 0.2, (0, 0): 0.4, (2,): 0.1, (0, 1): 0.1, (0, 0, 0): 0.3}
@@ -155,3 +156,14 @@ def test_padding_is_no_hit():
     ranks = _ranks(Medusa(target.shape, heads=2).double(), Batch(ids, mask, doc), target, 2)
     assert (ranks[0, :, 0] >= 0).nonzero()[:, 0].tolist() == [3, 4, 5, 6]
     assert (ranks[0, :, 1] >= 0).nonzero()[:, 0].tolist() == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("family", [f for f in TRAINED if f != "lm"])
+def test_every_family_can_be_timed(family: str):
+    """Level by level, by parameters that want gradients, as the stage loads them."""
+    target = tiny_target()
+    drafter = build(family, target.shape).double()
+    first, level = level_milliseconds(target, drafter, [1, 3], context=8, repeats=2)
+    assert first > 0
+    assert set(level) == {1, 3}
+    assert min(level.values()) > 0

@@ -449,6 +449,30 @@ def test_a_start_from_another_stage_is_its_weights(place: Path, one, tmp_path: P
         started(stage)
 
 
+def test_lora_moves_low_rank_matrices_and_is_merged(place: Path, one, tmp_path: Path):
+    stage = config(place)
+    stage["drafter"]["lora"] = {"rank": 4, "alpha": 8}
+    run(tmp_path, stage, drafter=one["CE"] / "artifact", data=place / "answers")
+    before, after = weights(one["CE"]), weights(tmp_path)
+    assert before.keys() == after.keys()
+    for name, weight in after.items():
+        if name.endswith("proj.weight"):
+            assert 1 <= torch.linalg.matrix_rank(weight - before[name], rtol=1e-4) <= 4
+        else:
+            assert torch.equal(weight, before[name]), name
+
+
+def test_lora_on_nothing_is_refused(place: Path):
+    stage = text(place)
+    stage["drafter"]["lora"] = {"rank": 4, "alpha": 8}
+    with pytest.raises(ValueError, match="adds to a model that is there already"):
+        build(stage).check([])
+    build(stage).check(["drafter"])
+    stage["drafter"]["lora"] = {"rank": 4}
+    with pytest.raises(ValueError, match=r"drafter.lora is .*expected"):
+        build(stage)._drafter(distill.shape_of(build(stage).target, None))
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -476,8 +500,8 @@ def test_micro_batches_divide_a_ranks_share():
         plan.micro(5)
 
 
-def test_data_from_nowhere_or_from_both_is_refused(place: Path, tmp_path: Path):
+def test_data_from_nowhere_or_from_both_is_refused(place: Path):
     with pytest.raises(ValueError, match="it has neither"):
-        run(tmp_path, config(place))
+        build(config(place)).check([])
     with pytest.raises(ValueError, match="it has both"):
-        run(tmp_path, text(place), data=place / "answers")
+        build(text(place)).check(["data"])

@@ -15,7 +15,7 @@ from train.plan import Planned, plan
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml"))
 DRAFTERS = sorted(p.stem for p in (ROOT / "conf" / "drafter").glob("*.yaml"))
 TRAINED = [name for name in DRAFTERS if name != "ngram"]
-OWN_SETTINGS = ("ko_eagle3", "ko_medusa")  # of their own family, which no other has
+OWN_SETTINGS = ("ko_eagle3", "ko_medusa", "ko_medusa2")  # of their own family, which no other has
 SMALL = {"eagle3": {"vocabulary": None}}
 SHAPE = Shape(512, 128, 12, 2, 2, 256, 4096)
 
