@@ -13,7 +13,7 @@ from eval.markdown import interval, number, times
 
 Row = dict[str, Any]
 HEAD = ("family", "T", "speedup", "tau", "acceptance by position", "draft", "trained parameters",
-        "training tokens", "tokens/s", "peak memory")  # fmt: skip
+        "training tokens", "last quarter", "tokens/s", "peak memory")  # fmt: skip
 
 
 class Shootout:
@@ -68,6 +68,7 @@ def _rows(name: str, report: Path) -> list[Row]:
             "learning_rate": config["optim"]["lr"],
             "tokens_per_second": training.get("tokens_per_second"),
             "peak_memory_mib": training.get("peak_memory_mib"),
+            "last_quarter_gain": training.get("last_quarter_gain"),
             "passed": measured["passed"],
         }
         for entry in measured["headline"]
@@ -87,6 +88,7 @@ def table(rows: list[Row]) -> str:
                 *(name, f"{row['temperature']:g}", interval(row["speedup"], times)),
                 *(interval(row["tau"], number), accepted, row["draft"], f"{row['parameters']:,}"),
                 f"{row['training_tokens']:,}",
+                "-" if row["last_quarter_gain"] is None else f"{row['last_quarter_gain']:+.1%}",
                 f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else "-",
                 f"{memory:,.0f} MiB" if memory else "-",
             )

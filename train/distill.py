@@ -22,6 +22,7 @@ from data.sources import Source, heldout, prompt_of
 from decoding.pretrained import Pretrained, contents_hash
 from decoding.target import Shape
 from drafters.base import Batch, Blueprint, Metrics, Trained, save
+from train.decoded import Decoded, keep_prompts, last_quarter, told
 from train.engine import barrier, join
 from train.loop import Loop
 from train.objectives import Loss
@@ -106,8 +107,13 @@ class Distill:
             return engine(batch, frozen, self.objective)
 
         tracker = Tracker(out, rank, self.tracker)
-        metrics = Loop(self.schedule, self.optim, out, tracker).run(module, step)
+        look = Decoded(frozen, out / "packed" / "prompts.json") if frozen else None
+        metrics = Loop(self.schedule, self.optim, out, tracker).run(module, step, look)
         if rank == 0:
+            if tau := metrics.get("validation_tau"):
+                gain = last_quarter(out / "metrics.jsonl", self.schedule.steps)
+                metrics |= {} if gain is None else {"last_quarter_gain": gain}
+                print(told(tau, gain), flush=True)
             save(module, out / "artifact", self.drafter.arguments)
             tokenizer.save_pretrained(out / "artifact")
         barrier()
@@ -175,6 +181,7 @@ def prepare(
     except ValueError as why:  # too little data for a validation set; training goes on without
         print(f"no validation: {why}", flush=True)
         shutil.rmtree(part / "validation", ignore_errors=True)
+    keep_prompts(part / "prompts.json", kept, schedule.sequence_length)
     part.rename(folder)
     positions = len(train) * train.length
     print(

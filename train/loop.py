@@ -24,7 +24,7 @@ from train.schedule import AdamW, Schedule
 from train.track import Tracker
 
 CHECKPOINTS = 5  # per run
-REPORTS = 10  # validations per run
+REPORTS = 8  # validations per run
 SHOWN = ("loss", "alpha", "top1")
 
 
@@ -33,6 +33,7 @@ class Preempted(Exception):
 
 
 Step = Callable[[Any, Batch], tuple[Tensor, Metrics]]
+Look = Callable[[Any], dict[str, float]]
 
 
 class Loop:
@@ -55,8 +56,9 @@ class Loop:
             raise KeyboardInterrupt
         self.told_to_stop = True
 
-    def run(self, module: nn.Module, step_fn: Step) -> dict[str, float]:
-        """Trains `module`; step_fn(engine, batch) gives the summed loss and metrics."""
+    def run(self, module: nn.Module, step_fn: Step, look: Look | None = None) -> dict[str, float]:
+        """Trains `module`; step_fn(engine, batch) gives the summed loss and metrics, look(module)
+        what a validation wants to know besides."""
         plan = self.schedule
         micro = plan.micro(self.world)
         engine = Engine(
@@ -71,9 +73,9 @@ class Loop:
         )
         first = self._resume(engine)
         every = max(1, plan.steps // CHECKPOINTS)
-        look = max(1, plan.steps // REPORTS)
+        report = max(1, plan.steps // REPORTS)
         begin = time.perf_counter()
-        found = self._validate(engine, step_fn, first) if first == plan.steps else {}
+        found = self._validate(engine, step_fn, look, first) if first == plan.steps else {}
         with self._bar(first) as bar:
             for step in range(first, plan.steps):
                 measured = self._step(engine, step_fn, step, micro)
@@ -81,8 +83,8 @@ class Loop:
                 bar.set_postfix({k: f"{v:.3f}" for k, v in measured.items() if k in SHOWN})
                 self.tracker.log(step + 1, **{k: v for k, v in measured.items() if k != "stop"})
                 last = step + 1 == plan.steps
-                if last or (step + 1) % look == 0:
-                    found = self._validate(engine, step_fn, step + 1)
+                if last or (step + 1) % report == 0:
+                    found = self._validate(engine, step_fn, look, step + 1)
                 stop = measured.pop("stop") > 0
                 if last or stop or (step + 1) % every == 0:
                     self._save(engine, step + 1)
@@ -140,7 +142,9 @@ class Loop:
         return self._permutation
 
     @torch.no_grad()
-    def _validate(self, engine: Engine, step_fn: Step, step: int) -> dict[str, float]:
+    def _validate(
+        self, engine: Engine, step_fn: Step, look: Look | None, step: int
+    ) -> dict[str, float]:
         if self.validation is None:
             return {}
         sums: dict[str, float] = {}
@@ -149,6 +153,7 @@ class Loop:
             loss, metrics = step_fn(engine.module, _to_device(self.validation.batch([row]), engine))
             _add(sums, {"loss": loss.detach(), **metrics})
         found = {f"validation_{k}": v for k, v in _means(sums).items()}
+        found |= look(engine.module) if look else {}
         self.tracker.log(step, **found)
         return found
 

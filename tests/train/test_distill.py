@@ -449,6 +449,16 @@ def test_a_start_from_another_stage_is_its_weights(place: Path, one, tmp_path: P
         started(stage)
 
 
+def test_validation_decodes_where_a_target_is_at_hand(one):
+    def taus(name: str) -> dict[int, float]:
+        lines = map(json.loads, (one[name] / "metrics.jsonl").read_text().splitlines())
+        return {x["step"]: x["validation_tau"] for x in lines if "validation_tau" in x}
+
+    assert max(taus("ForwardKL")) == STEPS
+    assert min(taus("ForwardKL").values()) >= 1
+    assert taus("CE") == {}
+
+
 def test_lora_moves_low_rank_matrices_and_is_merged(place: Path, one, tmp_path: Path):
     stage = config(place)
     stage["drafter"]["lora"] = {"rank": 4, "alpha": 8}

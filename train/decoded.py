@@ -1,0 +1,69 @@
+"""Decode-validation: tokens per target call on held-out prompts, while a drafter is trained.
+
+A validation loss can fall while the drafter as it will be used stands still, or is broken; this
+number is made by the loop that users decode with.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from decoding.loop import decode
+from decoding.sampling import Sampling
+from decoding.target import Target
+from drafters.base import Trained, write_json
+
+PROMPTS = 24
+NEW_TOKENS = 32
+PLATEAU = 0.02  # a drafter whose last quarter added more was still learning
+
+
+def keep_prompts(file: Path, rows: Iterable[Mapping[str, Any]], longest: int) -> None:
+    """Writes the first prompts, each once, of answers that are held out for validation."""
+    ids = [row["prompt_ids"] for row in rows if "prompt_ids" in row]
+    fitting = {tuple(prompt) for prompt in ids if len(prompt) <= longest}
+    write_json(file, sorted(fitting)[:PROMPTS])
+
+
+class Decoded:
+    """Decodes the kept prompts with the drafter as it is, greedily, all in one batch."""
+
+    def __init__(self, target: Target, file: Path) -> None:
+        self.target = target
+        prompts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        most = target.shape.max_positions - NEW_TOKENS
+        self.prompts: list[list[int]] = [prompt for prompt in prompts if len(prompt) <= most]
+
+    def __call__(self, drafter: Trained) -> dict[str, float]:
+        """{"validation_tau": tokens per target call}; {} without prompts."""
+        if not self.prompts:
+            return {}
+        with torch.inference_mode():
+            done = decode(
+                self.target, drafter, self.prompts, sampling=Sampling(), max_new_tokens=NEW_TOKENS
+            )
+        calls = sum(len(answer.accepted) for answer in done.answers)
+        return {"validation_tau": done.tokens / calls}
+
+
+def last_quarter(metrics: Path, steps: int) -> float | None:
+    """What the last quarter of the steps added to validation_tau, as a share; None if unknown."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    tau = {line["step"]: line["validation_tau"] for line in lines if "validation_tau" in line}
+    before = [step for step in tau if step <= 0.8 * steps]
+    if not before or steps not in tau:
+        return None
+    at = min(before, key=lambda step: abs(step - 0.75 * steps))
+    return tau[steps] / tau[at] - 1
+
+
+def told(tau: float, gain: float | None) -> str:
+    """One line for the end of a run."""
+    said = f"decoded on held-out prompts: {tau:.2f} tokens per target call"
+    if gain is None:
+        return said
+    more = "; it is still learning, so raise schedule.tokens" if gain > PLATEAU else ""
+    return f"{said}, {gain:+.1%} in the last quarter of training{more}"
