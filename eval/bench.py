@@ -18,6 +18,7 @@ from decoding.loop import Decoded, decode
 from decoding.pretrained import Pretrained
 from decoding.sampling import Sampling
 from decoding.target import Target
+from decoding.verify import Rule, Typical
 from drafters.base import Drafter, Trained, cast, load, write_json
 from drafters.trees import tree_of
 from eval import controls
@@ -32,7 +33,8 @@ KEYS = ("arm", "temperature", "batch", "repeat", "group")  # what names a run
 BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left"
 DTYPES = ("bfloat16", "float32")
 CHANGED = "for the changed target, not for the original"
-Arms = dict[str, tuple[Target, Drafter | None]]
+LOSSY = "drafter, typical acceptance (LOSSY)"
+Arms = dict[str, tuple[Target, Drafter | None, Rule | None]]
 
 
 class Bench:
@@ -42,7 +44,8 @@ class Bench:
     chains of `draft_lengths`, `trees` and what a tune_tree stage found (where the family grows
     trees) are tried on `trial_prompts` prompts that are then left out, and the fastest is used.
     dtype null takes the faster of bf16 and fp32 by the measured cost of verification.
-    Batch sizes above 1 are measured on prompts whose answers were not repetitive.
+    Batch sizes above 1 are measured on prompts whose answers were not repetitive. typical: adds
+    an arm that verifies by Medusa's lossy rule, and says so in its name.
     """
 
     on_device = True
@@ -64,6 +67,7 @@ class Bench:
         control_prompts: int = 6,
         repeats: int = 3,
         baselines: dict[str, Drafter | None] | None = None,
+        typical: Typical | None = None,
         dtype: str | None = None,
         stop_below: float = 0.0,
         sample: bool = True,
@@ -92,6 +96,7 @@ class Bench:
         )  # fmt: skip
         self.control_prompts, self.repeats = control_prompts, repeats
         self.baselines = {k: v for k, v in (baselines or {}).items() if v is not None}
+        self.typical = typical
         self.dtype, self.seed = dtype, seed
         self.stop_below, self.sample = stop_below, sample
 
@@ -129,8 +134,9 @@ class Bench:
         ours.stop_below, ours.sample = self.stop_below, self.sample  # type: ignore[assignment]
         decoded = ours.on(model)
         shape, tried = self._choose(decoded, ours, trial, tree, out / "draft_shapes.json")
-        arms: Arms = {"autoregressive": (model, None), "drafter": (decoded, ours)}
-        arms |= {name: (model, baseline) for name, baseline in self.baselines.items()}
+        arms: Arms = {"autoregressive": (model, None, None), "drafter": (decoded, ours, None)}
+        arms |= {name: (model, baseline, None) for name, baseline in self.baselines.items()}
+        arms |= {} if self.typical is None else {LOSSY: (decoded, ours, self.typical)}
         runs = self._measure(arms, prompts, out / "runs.jsonl")
         conditions = self._conditions(model, ours, why, shape, tried, prompts, origin)
         if decoded is not model:
@@ -182,10 +188,9 @@ class Bench:
             speed: dict[str, float] = {}
             for shape in shapes if len(shapes) > 1 else []:
                 shape.give(ours)
-                self._answer(model, ours, trial[:1], 0.0, 0)
-                done = [
-                    self._answer(model, ours, [p], t, 0) for t in self.temperatures for p in trial
-                ]
+                arm = (model, ours, None)
+                self._answer(arm, trial[:1], 0.0, 0)
+                done = [self._answer(arm, [p], t, 0) for t in self.temperatures for p in trial]
                 speed[str(shape)] = sum(d.tokens for d in done) / sum(d.seconds for d in done)
             write_json(kept, speed)
         tried = json.loads(kept.read_text(encoding="utf-8"))
@@ -198,19 +203,19 @@ class Bench:
         runs = _read(kept)
         have = {tuple(run[key] for key in KEYS) for run in runs}
         cells = [(b, t) for b in sorted(self.batch_sizes) for t in self.temperatures]
-        for model, drafter in arms.values():  # warm-up: not counted
-            self._answer(model, drafter, prompts[:1], self.temperatures[-1], 0)
+        for arm in arms.values():  # warm-up: not counted
+            self._answer(arm, prompts[:1], self.temperatures[-1], 0)
         with tqdm(total=len(cells), desc="bench", bar_format=BAR) as bar, kept.open("a") as stream:
             for batch, temperature in cells:
                 groups = _groups(prompts, batch, temperature, runs)
                 turns = [(r, n) for r in range(self.repeats) for n in range(len(groups))]
                 for repeat, number in turns:
-                    for arm, (model, drafter) in arms.items():
-                        if (arm, temperature, batch, repeat, number) in have:
+                    for name, arm in arms.items():
+                        if (name, temperature, batch, repeat, number) in have:
                             continue
                         together = [prompts[i] for i in groups[number]]
-                        done = self._answer(model, drafter, together, temperature, repeat)
-                        place = (arm, temperature, batch, repeat, number)
+                        done = self._answer(arm, together, temperature, repeat)
+                        place = (name, temperature, batch, repeat, number)
                         runs.append(_run(place, groups[number], prompts, done))
                         stream.write(json.dumps(runs[-1]) + "\n")
                     bar.update(1 / len(turns))
@@ -218,19 +223,20 @@ class Bench:
 
     def _answer(
         self,
-        model: Target,
-        drafter: Drafter | None,
+        arm: tuple[Target, Drafter | None, Rule | None],
         prompts: list[Prompt],
         temperature: float,
         repeat: int,
     ) -> Decoded:
         """Answers of one arm; a prompt's randomness is its own, whatever it is decoded with."""
+        model, drafter, rule = arm
         return decode(
             model,
             drafter,
             [p.ids for p in prompts],
             sampling=Sampling(temperature=temperature, seed=self.seed + repeat),
             max_new_tokens=self.max_new_tokens,
+            rule=rule,
             requests=[int(prompt_key(p.text)[:8], 16) for p in prompts],
         )
 

@@ -80,6 +80,8 @@ def _opening(report: Row) -> list[str]:
         said = f"failed: {', '.join(failed)}" if failed else "none was run"
         parts.append(f"**Controls not passed ({said}): do not use these figures.**")
     parts += [f"**{sentence(entry)}**" for entry in report["headline"]]
+    if change := report["conditions"].get("target_change"):
+        parts.append(f"**Mind: {change['said']}.**")
     if not report["headline"]:
         parts.append("The drafter was not measured at batch 1.")
     for entry in report["headline"]:
