@@ -16,7 +16,7 @@ from decoding.sampling import Sampling
 from decoding.target import Target
 from drafters.base import Trained, write_json
 
-PROMPTS = 24
+PROMPTS = 64
 NEW_TOKENS = 32
 PLATEAU = 0.02  # a drafter whose last quarter added more was still learning
 
@@ -24,8 +24,8 @@ PLATEAU = 0.02  # a drafter whose last quarter added more was still learning
 def keep_prompts(file: Path, rows: Iterable[Mapping[str, Any]], longest: int) -> None:
     """Writes the first prompts, each once, of answers that are held out for validation."""
     ids = [row["prompt_ids"] for row in rows if "prompt_ids" in row]
-    fitting = {tuple(prompt) for prompt in ids if len(prompt) <= longest}
-    write_json(file, sorted(fitting)[:PROMPTS])
+    fitting = dict.fromkeys(tuple(prompt) for prompt in ids if len(prompt) <= longest)
+    write_json(file, list(fitting)[:PROMPTS])
 
 
 class Decoded:
