@@ -29,6 +29,7 @@ class Shape:
     tied: bool = False
     head_dim: int = 0
     rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
 
     @classmethod
     def of(cls, config: Any) -> "Shape":
@@ -48,6 +49,7 @@ class Shape:
                 tied=bool(getattr(config, "tie_word_embeddings", False)),
                 head_dim=_first(config, "head_dim") or config.hidden_size // heads,
                 rope_theta=_rope_theta(config),
+                norm_eps=_first(config, "rms_norm_eps") or 1e-6,
             )
         except (AttributeError, RuntimeError, TypeError):
             pass  # no such setting, or one for each layer

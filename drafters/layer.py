@@ -88,27 +88,46 @@ def llama_config(shape: Shape) -> Any:
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim or shape.hidden_size // shape.heads,
         max_position_embeddings=shape.max_positions,
+        rms_norm_eps=shape.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         tie_word_embeddings=False,
     )
 
 
 def rms_norm(shape: Shape) -> nn.Module:
-    return nn.RMSNorm(shape.hidden_size, eps=1e-6)
+    return nn.RMSNorm(shape.hidden_size, eps=shape.norm_eps)
 
 
 def copy_last_layer(target: Target, layer: Layer) -> None:
-    """Starts the layer as the target's last one where that is a Llama layer too, else as the
+    """Starts the layer as the target's last one where that is this layer too, else as the
     identity: other architectures give the same names to other computations."""
     stack = getattr(target.model.base_model, "layers", None)
-    config = target.model.config.get_text_config()
-    alike = config.model_type in ("llama", "mistral") and config.hidden_act == "silu"
-    theirs = stack[-1].state_dict() if stack is not None and alike else {}
+    theirs = stack[-1].state_dict() if stack is not None and _alike(target) else {}
     mine = layer.state_dict()
     if {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in mine.items()}:
         layer.load_state_dict(theirs)
     else:
         layer.start_as_identity()
+
+
+def copy_final_norm(target: Target, norm: nn.Module) -> None:
+    """Starts the norm as the one behind the target's last layer, on the same condition."""
+    theirs = getattr(target.model.base_model, "norm", None)
+    if theirs is not None and _alike(target):
+        norm.load_state_dict(theirs.state_dict())
+
+
+def _alike(target: Target) -> bool:
+    """Whether the target's layers compute what ours do."""
+    config = target.model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    return (
+        config.model_type in ("llama", "mistral")
+        and config.hidden_act == "silu"
+        and rope.get("rope_type", "default") == "default"
+        and not getattr(config, "attention_bias", False)
+        and not getattr(config, "mlp_bias", False)
+    )
 
 
 def over(mask: Tensor) -> Attend:

@@ -200,20 +200,37 @@ def test_clover2s_later_heads_are_one(target):
             said.square().sum(), list(weights.values()), allow_unused=True, retain_graph=True
         )
         used = {name for name, grad in zip(weights, grads, strict=True) if grad is not None}
-        assert used == {name for name in weights if k > 1 or not name.startswith("later")}
+        others = "later" if k == 1 else "first_fc"
+        assert used == {name for name in weights if not name.startswith(others)}
 
 
 def test_clover2s_features_by_hand(target):
-    """Without its layers: h and e through the first decoder, which has no activation in this
-    family, and projection; then again with e beside it, before the norm that the head reads."""
-    drafter = scatter(Clover2(target.shape, heads=2, layers=1))
+    """Without its layers. What is carried on is the decoder's output, not the projection's; e is
+    the raw row of the output matrix; two norms, of the first state and of what is said."""
+    drafter = scatter(Clover2(target.shape, heads=3, layers=1))
     drafter.layers[0].start_as_identity()
     batch = cached(packed(40), target)
-    e_BTD = rows(batch.ids_BT, target).double()
-    one = drafter.first_fc(drafter.first(batch.cached.hidden_BTD[:, :-1], e_BTD[:, 1:]))
-    merged = drafter.later(one[:, :-1], e_BTD[:, 2:])
-    two = drafter.later_fc(torch.cat([merged, e_BTD[:, 2:]], dim=-1))
-    for said, due in zip(states(drafter, batch, target), (one, two), strict=True):
-        torch.testing.assert_close(said, drafter.norm(due))
+    e_BTD = target.head_rows(batch.ids_BT).double()
+    h = drafter.norm(drafter.first(batch.cached.hidden_BTD[:, :-1], e_BTD[:, 1:]))
+    due = [drafter.head_norm(drafter.first_fc(h))]
+    for k in (2, 3):
+        h = drafter.later(h[:, :-1], e_BTD[:, k:])
+        due.append(drafter.head_norm(drafter.later_fc(torch.cat([h, e_BTD[:, k:]], dim=-1))))
+    for said, expected in zip(states(drafter, batch, target), due, strict=True):
+        torch.testing.assert_close(said, expected)
     assert not drafter.first.activate
     assert not drafter.later.activate
+
+
+def test_clover2_starts_from_the_targets_layer_and_norm(target):
+    torch.nn.init.uniform_(target.model.base_model.norm.weight)
+    drafter = Clover2(target.shape, heads=2, layers=2)
+    drafter.initialise(target, lambda: torch.empty(0))
+    for norm in (drafter.norm, drafter.head_norm):
+        torch.testing.assert_close(norm.weight.double(), target.model.base_model.norm.weight)
+    last = target.model.base_model.layers[-1].mlp.up_proj.weight
+    for layer in drafter.layers:
+        torch.testing.assert_close(layer.mlp.up_proj.weight.double(), last, rtol=0, atol=1e-6)
+    for decoder in (drafter.first, drafter.later):
+        assert decoder.v.weight.min() > 0
+        assert decoder.v.weight.max() <= 0.01
