@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, S newly committed tokens, N drafted nodes, V vocabula
 
 import importlib
 import json
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -111,9 +112,14 @@ class Drafter(nn.Module, ABC):
 
 
 class Trained(Drafter):
-    """A family with parameters. `needs_target`: training reads the target's states."""
+    """A family with parameters. `needs_target`: training reads the target's states;
+    `max_positions`: of the drafter itself, where it has fewer than its target."""
 
     needs_target = False
+
+    @property
+    def max_positions(self) -> float:
+        return math.inf
 
     @abstractmethod
     def forward(
@@ -164,7 +170,10 @@ def load(folder: Path, shape: Shape) -> Trained:
     module = importlib.import_module(f"drafters.{family}")
     classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Trained)]
     (cls,) = [c for c in classes if c.__module__ == module.__name__]
-    drafter = cls(shape, **saved["arguments"])
+    arguments = saved["arguments"]
+    if arguments.get("checkpoint"):  # where it came from; its architecture is in this folder
+        arguments = arguments | {"checkpoint": str(folder)}
+    drafter = cls(shape, **arguments)
     drafter.read(folder)
     return drafter.eval()
 

@@ -80,6 +80,10 @@ class LM(Trained):
         if checkpoint:
             _refuse(self.model, checkpoint)
 
+    @property
+    def max_positions(self) -> int:
+        return int(self.model.config.max_position_embeddings)
+
     def initialise(self, target: Target | None, counts: Callable[[], Tensor]) -> None:
         from transformers import AutoModelForCausalLM
 
@@ -109,10 +113,9 @@ class LM(Trained):
     def start(
         self, target: Target, cache: Cache, sampling: Sampling, requests: list[int], max_len: int
     ) -> LMState:
-        longest = self.model.config.max_position_embeddings
-        if max_len > longest:
+        if max_len > self.max_positions:
             raise ValueError(
-                f"requests of {max_len} tokens exceed the drafter's {longest} positions"
+                f"requests of {max_len} tokens exceed the drafter's {self.max_positions} positions"
             )
         layers = self.model.config.num_hidden_layers
         own = Cache(layers, len(requests), max_len + self.draft_length + 2)

@@ -5,6 +5,7 @@ The number it prints is wall-clock: prompts, drafter, verification and all, on t
 
 import json
 import random
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,16 @@ DTYPES = ("bfloat16", "float32")
 CHANGED = "for the changed target, not for the original"
 LOSSY = "drafter, typical acceptance (LOSSY)"
 Arms = dict[str, tuple[Target, Drafter | None, Rule | None]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a measurement settled on before it began; tried: tokens/s of each shape."""
+
+    dtype: str
+    why: str
+    tried: dict[str, float]
+    shape: Shape
 
 
 class Bench:
@@ -125,20 +136,18 @@ class Bench:
         print(origin, flush=True)
         trial, prompts = _split(prompts, self.trial_prompts, self.seed)
 
-        found = self._controls(drafter, target, prompts)
+        chosen = self._settle(drafter, target, trial, tree, out / "choice.json")
+        found = self._controls(drafter, target, prompts, chosen.shape)
         for name, control in found.items():
             print(f"control, {name}: {control['found']}", flush=True)
-        model, why = self._load(target)
-        ours = load(drafter, model.shape)
-        cast(ours, model.dtype).to(model.device)
-        ours.stop_below, ours.sample = self.stop_below, self.sample  # type: ignore[assignment]
+        model = self.target.load(target, chosen.dtype)
+        ours = self._drafter(drafter, model, chosen.shape)
         decoded = ours.on(model)
-        shape, tried = self._choose(decoded, ours, trial, tree, out / "draft_shapes.json")
         arms: Arms = {"autoregressive": (model, None, None), "drafter": (decoded, ours, None)}
         arms |= {name: (model, baseline, None) for name, baseline in self.baselines.items()}
         arms |= {} if self.typical is None else {LOSSY: (decoded, ours, self.typical)}
         runs = self._measure(arms, prompts, out / "runs.jsonl")
-        conditions = self._conditions(model, ours, why, shape, tried, prompts, origin)
+        conditions = self._conditions(model, ours, chosen, prompts, origin)
         if decoded is not model:
             some = [p.ids for p in prompts]
             change = changed(model, decoded, some, self.max_new_tokens, self.seed)
@@ -154,14 +163,41 @@ class Bench:
             )
         return _headline_metrics(report)
 
+    def _settle(
+        self,
+        drafter: Path,
+        target: Path | None,
+        trial: list[Prompt],
+        tuned: Path | None,
+        kept: Path,
+    ) -> "Choice":
+        """The dtype to measure in and the shape to draft in; chosen once, also over restarts."""
+        if not kept.is_file():
+            model, why = self._load(target)
+            ours = self._drafter(drafter, model, None)
+            shapes = shapes_of(ours, self.draft_lengths, self.trees, tuned)
+            tried = self._try(ours.on(model), ours, trial, shapes)
+            best = max(shapes, key=lambda shape: tried.get(str(shape), 0.0))
+            dtype = str(model.dtype).removeprefix("torch.")
+            write_json(kept, {"dtype": dtype, "why": why, "tried": tried, "shape": asdict(best)})
+        note = json.loads(kept.read_text(encoding="utf-8"))
+        return Choice(**note | {"shape": Shape(**note["shape"])})
+
+    def _drafter(self, folder: Path, model: Target, shape: Shape | None) -> Trained:
+        """The drafter in the target's dtype and place, drafting as configured and in this shape."""
+        ours = cast(load(folder, model.shape), model.dtype).to(model.device)
+        ours.stop_below, ours.sample = self.stop_below, self.sample  # type: ignore[assignment]
+        if shape is not None:
+            shape.give(ours)
+        return ours
+
     def _controls(
-        self, drafter: Path, target: Path | None, prompts: list[Prompt]
+        self, drafter: Path, target: Path | None, prompts: list[Prompt], shape: Shape
     ) -> dict[str, dict[str, Any]]:
         """In fp32, where equality is exact but for ties: what must hold whatever the speed."""
         exact = self.target.load(target, dtype="float32")
         some = [p.ids for p in prompts[: self.control_prompts]]
-        ours = cast(load(drafter, exact.shape), torch.float32).to(exact.device)
-        ours.stop_below, ours.sample = self.stop_below, self.sample  # type: ignore[assignment]
+        ours = self._drafter(drafter, exact, shape)
         return controls.run(ours.on(exact), ours, some, min(48, self.max_new_tokens), self.seed)
 
     def _load(self, folder: Path | None) -> tuple[Target, str]:
@@ -176,27 +212,21 @@ class Bench:
         why = f"the faster at verifying {VERIFIED} tokens: {shown}"
         return self.target.load(folder, best), why
 
-    def _choose(
-        self, model: Target, ours: Trained, trial: list[Prompt], tuned: Path | None, kept: Path
-    ) -> tuple[Shape, dict[str, float]]:
-        """The shape with the most tokens/s on the trial prompts, and what each had.
+    def _try(
+        self, model: Target, ours: Trained, trial: list[Prompt], shapes: list[Shape]
+    ) -> dict[str, float]:
+        """Tokens/s of each shape on the trial prompts; {} where there is only one.
 
         Over all temperatures together, since one drafter serves them all.
         """
-        shapes = shapes_of(ours, self.draft_lengths, self.trees, tuned)
-        if not kept.is_file():
-            speed: dict[str, float] = {}
-            for shape in shapes if len(shapes) > 1 else []:
-                shape.give(ours)
-                arm = (model, ours, None)
-                self._answer(arm, trial[:1], 0.0, 0)
-                done = [self._answer(arm, [p], t, 0) for t in self.temperatures for p in trial]
-                speed[str(shape)] = sum(d.tokens for d in done) / sum(d.seconds for d in done)
-            write_json(kept, speed)
-        tried = json.loads(kept.read_text(encoding="utf-8"))
-        best = max(shapes, key=lambda shape: tried.get(str(shape), 0.0))
-        best.give(ours)
-        return best, tried
+        speed: dict[str, float] = {}
+        for shape in shapes if len(shapes) > 1 else []:
+            shape.give(ours)
+            arm = (model, ours, None)
+            self._answer(arm, trial[:1], 0.0, 0)
+            done = [self._answer(arm, [p], t, 0) for t in self.temperatures for p in trial]
+            speed[str(shape)] = sum(d.tokens for d in done) / sum(d.seconds for d in done)
+        return speed
 
     def _measure(self, arms: Arms, prompts: list[Prompt], kept: Path) -> list[dict[str, Any]]:
         """Every run, arms in turn; those that stand in `kept` already are not made again."""
@@ -208,6 +238,8 @@ class Bench:
         with tqdm(total=len(cells), desc="bench", bar_format=BAR) as bar, kept.open("a") as stream:
             for batch, temperature in cells:
                 groups = _groups(prompts, batch, temperature, runs)
+                if not groups:
+                    tqdm.write(f"batch {batch} at T={temperature:g}: not measured, too few prompts")
                 turns = [(r, n) for r in range(self.repeats) for n in range(len(groups))]
                 for repeat, number in turns:
                     for name, arm in arms.items():
@@ -244,9 +276,7 @@ class Bench:
         self,
         model: Target,
         ours: Trained,
-        why: str,
-        shape: Shape,
-        tried: dict[str, float],
+        chosen: "Choice",
         prompts: list[Prompt],
         origin: str,
     ) -> dict[str, Any]:
@@ -254,17 +284,19 @@ class Bench:
 
         return {
             "target": model.name,
+            "target_revision": model.revision,
             "drafter": type(ours).__module__.removeprefix("drafters."),
             "parameters_target": sum(p.numel() for p in model.parameters()),
             "parameters_drafter": sum(p.numel() for p in ours.parameters()),
             "device": str(model.device),
             "threads": torch.get_num_threads(),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "dtype_reason": why,
-            "draft_shape": str(shape),
-            "draft": shape.arguments() | {"stop_below": self.stop_below},
-            "draft_shape_choice": tried,
-            "rule": f"{_rules(shape, self.sample)} (lossless)",
+            "dtype_reason": chosen.why,
+            "draft_shape": str(chosen.shape),
+            "draft": chosen.shape.arguments()
+            | {"stop_below": self.stop_below, "sample": self.sample},
+            "draft_shape_choice": chosen.tried,
+            "rule": f"{_rules(chosen.shape, self.sample)} (lossless)",
             "max_new_tokens": self.max_new_tokens,
             "repeats": self.repeats,
             "prompts": len(prompts),
@@ -303,8 +335,7 @@ def _groups(
         for i in run["prompts"]
     }
     usable = [i for i in range(len(prompts)) if i not in odd]
-    whole = [usable[a : a + batch] for a in range(0, len(usable) - batch + 1, batch)]
-    return whole or [usable or [0]]
+    return [usable[a : a + batch] for a in range(0, len(usable) - batch + 1, batch)]
 
 
 def _read(file: Path) -> list[dict[str, Any]]:

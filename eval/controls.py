@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from decoding.adapter import Adapted
 from decoding.loop import Decoded, decode
 from decoding.sampling import Sampling
 from decoding.target import Target
@@ -44,10 +45,11 @@ def run(
 def _equal(plain: Decoded, other: Decoded, who: str, target: Target) -> dict[str, Any]:
     same = sum(a.ids == b.ids for a, b in zip(plain.answers, other.answers, strict=True))
     dtype = str(target.dtype).removeprefix("torch.")
+    whose = "the changed target's" if isinstance(target, Adapted) else "the target's"
     return {
         "passed": same == len(plain.answers),
-        "found": f"{same} of {len(plain.answers)} greedy answers with {who} identical to the "
-        f"target's own in {dtype}; tau {_tau(other):.2f}",
+        "found": f"{same} of {len(plain.answers)} greedy answers with {who} identical to {whose} "
+        f"own in {dtype}; tau {_tau(other):.2f}",
     }
 
 

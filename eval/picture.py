@@ -57,6 +57,7 @@ def _named(path: object) -> str:
 def _title(report: Row) -> str:
     known = report["conditions"]
     names = f"Speculative decoding of {_named(known['target'])} with {_named(known['drafter'])}"
+    names += ", target CHANGED" if known.get("target_change") else ""
     place = f"{_plain(known['device'], 60)}, {known['threads']} threads, {_plain(known['dtype'])}"
     warning = "" if report["passed"] else "CONTROLS NOT PASSED, do not use: "
     return f"{warning}{names}\n{place}; 95 % intervals over n prompts, repetitive answers left out"

@@ -41,10 +41,11 @@ def collect(
     """
     used = {prompt_key(row["prompt"]) for row in read(trained_on)} if trained_on else set()
     prompts: list[Prompt] = []
+    seen: set[str] = set()  # a prompt of two tasks belongs to the first
     leaked = long = 0
     for task, source in sources.items():
         taken = 0
-        found = list(islice(_distinct(source, heldout_only), SEARCHED))
+        found = list(islice(_distinct(source, heldout_only, seen), SEARCHED))
         for row in sorted(found, key=lambda row: prompt_key(prompt_of(row))):
             if prompt_key(prompt_of(row)) in used:
                 leaked += 1
@@ -68,8 +69,7 @@ def collect(
     )
 
 
-def _distinct(source: Source, heldout_only: bool) -> Iterator[Row]:
-    seen: set[str] = set()
+def _distinct(source: Source, heldout_only: bool, seen: set[str]) -> Iterator[Row]:
     for row in Gated(source, of="prompt"):
         if "messages" not in row:
             raise ValueError(f"{source.name} gives text, expected prompts: set its prompt")

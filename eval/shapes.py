@@ -15,12 +15,17 @@ class Shape:
 
     length: int | None = None
     tree: dict[str, Any] | None = None
+    tuned: bool = False
 
     def __str__(self) -> str:
         tree = tree_of(self.tree)
         if self.tree is None or tree is None:
             return f"chain of {self.length}"
-        return f"{self.tree['kind']} tree of {tree.nodes} nodes, {tree.depth} deep"
+        told = {k: v for k, v in self.tree.items() if k not in ("kind", "paths", "depth", "nodes")}
+        said = ", ".join(f"{key} {value}" for key, value in told.items())
+        kind = f"{'tuned ' if self.tuned else ''}{self.tree['kind']} tree"
+        size = f"{tree.nodes} nodes, {tree.depth} deep"
+        return f"{kind} of {size}" + (f" ({said})" if said else "")
 
     def give(self, drafter: Any) -> None:
         """Makes the drafter draft in this shape."""
@@ -45,7 +50,8 @@ def shapes_of(
     if not hasattr(drafter, "tree"):
         return found
     if tuned is not None:
-        found.append(Shape(tree=json.loads((tuned / "tree.json").read_text(encoding="utf-8"))))
+        tree = json.loads((tuned / "tree.json").read_text(encoding="utf-8"))
+        found.append(Shape(tree=tree, tuned=True))
     for tree in trees:
         made = tree_of(tree)
         if made is not None and (deepest is None or made.depth <= deepest):

@@ -25,6 +25,8 @@ class Shootout:
         if not reports:
             raise ValueError("shootout needs the bench stage of each family: needs: {medusa: ...}")
         rows = [row for name, report in reports.items() for row in _rows(name, report)]
+        if not rows:
+            raise ValueError("no family was measured at batch 1: add 1 to the benches' batch_sizes")
         folder = out / "artifact"
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "shootout.json", {"rows": rows})
@@ -64,15 +66,29 @@ def _rows(name: str, report: Path) -> list[Row]:
             ],
             "draft": measured["conditions"]["draft_shape"],
             "parameters": measured["conditions"]["parameters_drafter"],
-            "training_tokens": config["schedule"]["tokens"],
+            "training_tokens": _tokens(stage),
             "learning_rate": config["optim"]["lr"],
             "tokens_per_second": training.get("tokens_per_second"),
             "peak_memory_mib": training.get("peak_memory_mib"),
             "last_quarter_gain": training.get("last_quarter_gain"),
             "passed": measured["passed"],
+            "changed": "target_change" in measured["conditions"],
         }
         for entry in measured["headline"]
     ]
+
+
+def _tokens(stage: Path) -> int:
+    """Of this training and those that it started from."""
+    note = json.loads((stage / "stage.json").read_text(encoding="utf-8"))
+    before = note["inputs"].get("drafter")
+    tokens = int(note["config"]["schedule"]["tokens"])
+    return tokens + (_tokens(Path(before).parent) if before else 0)
+
+
+def _name(row: Row) -> str:
+    name = row["family"] + (" (target CHANGED)" if row["changed"] else "")
+    return name if row["passed"] else f"{name} (a control FAILED)"
 
 
 def table(rows: list[Row]) -> str:
@@ -80,12 +96,11 @@ def table(rows: list[Row]) -> str:
     ordered = sorted(rows, key=lambda row: (row["temperature"], -(row["speedup"]["value"] or 0)))
     lines = [HEAD, ["---"] * len(HEAD)]
     for row in ordered:
-        name = row["family"] if row["passed"] else f"{row['family']} (a control FAILED)"
         accepted = " ".join("-" if a is None else f"{a:.2f}" for a in row["acceptance"])
         memory = row["peak_memory_mib"]
         lines.append(
             (
-                *(name, f"{row['temperature']:g}", interval(row["speedup"], times)),
+                *(_name(row), f"{row['temperature']:g}", interval(row["speedup"], times)),
                 *(interval(row["tau"], number), accepted, row["draft"], f"{row['parameters']:,}"),
                 f"{row['training_tokens']:,}",
                 "-" if row["last_quarter_gain"] is None else f"{row['last_quarter_gain']:+.1%}",
@@ -103,7 +118,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
     from eval.picture import COLOURS, GREY
 
-    names = list(dict.fromkeys(row["family"] for row in rows))
+    names = list(dict.fromkeys(_name(row) for row in rows))
     figure = Figure(figsize=(12, 1.6 + 0.55 * len(names)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
@@ -117,8 +132,10 @@ def draw(rows: list[Row], path: Path) -> None:
                 value, low, high = (row[key][k] for k in ("value", "low", "high"))
                 if value is None:
                     continue
-                place = names.index(row["family"]) + (i - (len(temperatures) - 1) / 2) * 0.35
-                error = [[max(0, value - low)], [max(0, high - value)]]
+                place = names.index(_name(row)) + (i - (len(temperatures) - 1) / 2) * 0.35
+                error = None  # one prompt has no interval
+                if low is not None:
+                    error = [[max(0, value - low)], [max(0, high - value)]]
                 panel.barh(place, value, height=0.32, color=COLOURS[i], xerr=error, capsize=3)
         panel.axvline(1, color=GREY, linestyle="dashed", linewidth=1)
         panel.set(xlabel=f"{said} (95 % intervals)", xlim=(0, None))

@@ -78,6 +78,11 @@ class TuneTree:
         hits, positions = self._count(model, ours, depth, data)
         if not positions:
             raise ValueError(f"the answers in {data} are too short to count hits on")
+        if not hits:
+            raise ValueError(
+                "none of the drafter's guesses hit what the target said: train it longer before "
+                "tuning a tree"
+            )
         ranked = sorted(hits, key=lambda place: (-hits[place], len(place), place))[: self.nodes]
         rate = {place: hits[place] / positions for place in ranked}
         verify = {m: pass_milliseconds(model, m) for m in SIZES if m <= 2 * self.nodes}
@@ -99,7 +104,8 @@ class TuneTree:
         print(
             f"tree of {len(chosen)} nodes, {max(map(len, chosen))} deep, out of {len(ranked)}: "
             f"{found['tau']:.2f} tokens per target call expected on {positions:,} positions "
-            f"({found['tau_of_all_nodes']:.2f} with all), {speed:.2f}x by the measured costs",
+            f"({found['tau_of_all_nodes']:.2f} with all), {speed:.2f}x by the measured costs"
+            + ("; counted on answers of the original target" if ours.changes_target else ""),
             flush=True,
         )
         return found

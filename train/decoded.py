@@ -18,6 +18,7 @@ from drafters.base import Trained, write_json
 
 PROMPTS = 64
 NEW_TOKENS = 32
+TOGETHER = 16  # prompts of a batch, since their caches stand beside the training's memory
 PLATEAU = 0.02  # a drafter whose last quarter added more was still learning
 
 
@@ -29,24 +30,29 @@ def keep_prompts(file: Path, rows: Iterable[Mapping[str, Any]], longest: int) ->
 
 
 class Decoded:
-    """Decodes the kept prompts with the drafter as it is, greedily, all in one batch."""
+    """Decodes the kept prompts with the drafter as it is, greedily, a few at a time."""
 
     def __init__(self, target: Target, file: Path) -> None:
         self.target = target
         prompts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-        most = target.shape.max_positions - NEW_TOKENS
-        self.prompts: list[list[int]] = [prompt for prompt in prompts if len(prompt) <= most]
+        self.prompts: list[list[int]] = sorted(prompts, key=len)
 
     def __call__(self, drafter: Trained) -> dict[str, float]:
-        """{"validation_tau": tokens per target call}; {} without prompts."""
-        if not self.prompts:
+        """{"validation_tau": tokens per target call}; {} without prompts that fit both models."""
+        most = min(self.target.shape.max_positions, drafter.max_positions) - NEW_TOKENS
+        prompts = [prompt for prompt in self.prompts if len(prompt) <= most]
+        if not prompts:
             return {}
-        with torch.inference_mode():
-            done = decode(
-                self.target, drafter, self.prompts, sampling=Sampling(), max_new_tokens=NEW_TOKENS
-            )
-        calls = sum(len(answer.accepted) for answer in done.answers)
-        return {"validation_tau": done.tokens / calls}
+        tokens = calls = 0
+        for at in range(0, len(prompts), TOGETHER):
+            with torch.inference_mode():
+                done = decode(
+                    self.target, drafter, prompts[at : at + TOGETHER], sampling=Sampling(),
+                    max_new_tokens=NEW_TOKENS,
+                )  # fmt: skip
+            tokens += done.tokens
+            calls += sum(len(answer.accepted) for answer in done.answers)
+        return {"validation_tau": tokens / calls}
 
 
 def last_quarter(metrics: Path, steps: int) -> float | None:

@@ -65,10 +65,16 @@ class Distill:
                 f"as `data`; it has {'neither' if self.data is None else 'both'}"
             )
         given = self.drafter.arguments
-        if given.get("lora") and not ("drafter" in needs or self.init or given.get("checkpoint")):
+        starts = "drafter" in needs or self.init or given.get("checkpoint")
+        if given.get("lora") and "data" in needs and not starts:
             raise ValueError(
                 "drafter.lora adds to a model that is there already: give drafter.checkpoint, or "
                 "let an earlier stage provide the drafter (needs: {drafter: pretrain})"
+            )
+        if given.get("target_lora") and "data" not in needs:
+            raise ValueError(
+                "a drafter with target_lora changes its target, so it learns from the target's own "
+                "answers only: stages.pretrain=null stages.finetune.needs.drafter=null"
             )
 
     def fingerprint(self) -> str:
@@ -98,7 +104,8 @@ class Distill:
         frozen = self.target.load(target) if reads else None
         module.initialise(frozen, lambda: _counts(out, shape))
         self._start_from(drafter, module, tokenizer)
-        module.adapt()
+        if drafter or self.init or self.drafter.arguments.get("checkpoint"):
+            module.adapt()  # what trains from nothing is trained whole
         if frozen is not None:
             frozen = module.learning(frozen)
         warn_if_large(module, shape)

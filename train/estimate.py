@@ -58,15 +58,13 @@ def shape_of_target(spec: dict[str, Any], stages: list[Planned]) -> Shape | None
                 max_positions=stage.config["max_positions"],
                 tied=True,
             )
-    target: Pretrained = build(spec)
-    if target.shape:
-        return Shape(**target.shape)
     from transformers import AutoConfig
 
+    target: Pretrained = build(spec)
     try:
         return Shape.of(AutoConfig.from_pretrained(str(target.path), revision=target.revision))
     except OSError:  # a Hub id and no Hub: the plan says so
-        return None
+        return Shape(**target.shape) if target.shape else None
 
 
 def drafter_parameters(config: dict[str, Any], shape: Shape) -> int | None:
@@ -96,7 +94,10 @@ def estimate(stage: Planned, shape: Shape | None) -> Estimate:
         reads_target = made.objective.needs_target or made.drafter.cls.needs_target  # type: ignore[attr-defined]
         reads = shape.parameters() if reads_target else 0
         layers = int(made.drafter.arguments.get("layers") or 1)
-        return _training(made.schedule, count, layers, shape.hidden_size, reads, shape.vocab_size)
+        passes = 1
+        if made.drafter.arguments.get("target_lora"):  # there and back, and once as it was
+            layers, passes = layers + shape.layers, 4
+        return _training(made.schedule, count, layers, shape.hidden_size, reads, passes)
     if isinstance(made, Generate):
         return _generating(made, shape)
     if isinstance(made, Bench):
@@ -105,12 +106,13 @@ def estimate(stage: Planned, shape: Shape | None) -> Estimate:
 
 
 def _training(
-    plan: Schedule, parameters: int, layers: int, width: int, target: int, vocabulary: int
+    plan: Schedule, parameters: int, layers: int, width: int, target: int, passes: int
 ) -> Estimate:
+    """passes: forward passes of a target of `target` parameters, or what costs as much."""
     positions = plan.steps * plan.batch_tokens
     held = plan.micro_batch * plan.sequence_length
     activations = held * layers * width * ACTIVATIONS
-    flops = positions * (6 * parameters + 2 * target)
+    flops = positions * (6 * parameters + 2 * passes * target)
     return Estimate(
         f"{parameters:,} parameters" + (f", reads a target of {target:,}" if target else ""),
         tokens=positions,

@@ -74,11 +74,13 @@ class Loop:
         first = self._resume(engine)
         every = max(1, plan.steps // CHECKPOINTS)
         report = max(1, plan.steps // REPORTS)
-        begin = time.perf_counter()
+        seconds = 0.0  # in steps alone
         found = self._validate(engine, step_fn, look, first) if first == plan.steps else {}
         with self._bar(first) as bar:
             for step in range(first, plan.steps):
+                begin = time.perf_counter()
                 measured = self._step(engine, step_fn, step, micro)
+                seconds += time.perf_counter() - begin
                 bar.update(plan.batch_tokens)
                 bar.set_postfix({k: f"{v:.3f}" for k, v in measured.items() if k in SHOWN})
                 self.tracker.log(step + 1, **{k: v for k, v in measured.items() if k != "stop"})
@@ -93,7 +95,6 @@ class Loop:
                         f"stopped and saved after step {step + 1} of {plan.steps}; the same "
                         "command goes on from there"
                     )
-        seconds = time.perf_counter() - begin
         engine.finish()
         self.tracker.close()
         done = (plan.steps - first) * plan.batch_tokens

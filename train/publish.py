@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from decoding.pretrained import DTYPES, Pretrained, contents_hash
+from decoding.pretrained import DTYPES, Pretrained
 from drafters.base import write_json
 from train.worker import environment
 
@@ -43,7 +43,8 @@ class Publish:
         for name in CARRIED:
             shutil.copy2(report / name, part / name)
         as_measured(part, measured["conditions"])
-        provenance = self._provenance(drafter, report, target)
+        revision = measured["conditions"].get("target_revision")
+        provenance = self._provenance(drafter, report, revision)
         card = self._card(part, measured, provenance, target)
         (part / "README.md").write_text(card, encoding="utf-8")
         write_json(part / "provenance.json", provenance)
@@ -104,22 +105,15 @@ class Publish:
             ]
         )
 
-    def _provenance(self, drafter: Path, report: Path, target: Path | None) -> dict[str, Any]:
+    def _provenance(self, drafter: Path, report: Path, revision: str | None) -> dict[str, Any]:
         stages: dict[str, dict[str, Any]] = {}
         _trace(drafter, stages)
         _trace(report, stages)
         return {
             "stages": stages,
             "environment": environment(),
-            "target": {"name": self.target.name, "revision": self._revision(target)},
+            "target": {"name": self.target.name, "revision": revision},
         }
-
-    def _revision(self, target: Path | None) -> str | None:
-        """Of the Hub, or a hash of the files of a target that lives in a folder."""
-        place = target or self.target.path
-        if place and Path(place).is_dir():
-            return contents_hash(place)
-        return self.target.revision
 
 
 def _trace(artifact: Path, stages: dict[str, dict[str, Any]]) -> None:
@@ -177,13 +171,13 @@ def _called(source: dict[str, Any]) -> str:
 
 
 def as_measured(folder: Path, conditions: dict[str, Any]) -> None:
-    """Gives the files the dtype and the draft length that were measured.
+    """Gives the files the dtype and the shape of draft that were measured.
 
     `generate(assistant_model=...)` reads the draft length from the drafter's own
     generation_config.json, our loader from drafter.json.
     """
     dtype = DTYPES[conditions["dtype"]]
-    for file in folder.glob("*.safetensors"):
+    for file in folder.rglob("*.safetensors"):
         tensors = {
             name: tensor.to(dtype) if tensor.is_floating_point() else tensor
             for name, tensor in load_file(file).items()
@@ -200,7 +194,10 @@ def as_measured(folder: Path, conditions: dict[str, Any]) -> None:
         },
     )
     note = json.loads((folder / "drafter.json").read_text(encoding="utf-8"))
+    note["arguments"].pop("tree", None)
     note["arguments"] |= draft
+    if note["arguments"].get("checkpoint"):  # its architecture is in config.json
+        note["arguments"]["checkpoint"] = Path(note["arguments"]["checkpoint"]).name
     write_json(folder / "drafter.json", note)
 
 
@@ -219,14 +216,18 @@ def _use(family: str, target: str, drafter: str) -> str:
 ```python
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer
+
 from decoding.loop import decode
 from decoding.pretrained import Pretrained
 from decoding.sampling import Sampling
 from drafters.base import cast, load
 
-spec = Pretrained(path="{target}")
-target, tokenizer = spec.load(), spec.tokenizer()
-drafter = cast(load(Path("{drafter}"), target.shape), target.dtype).to(target.device)
+folder = Path(snapshot_download("{drafter}"))
+tokenizer = AutoTokenizer.from_pretrained(folder)  # the target's, with the template measured
+target = Pretrained(path="{target}").load()
+drafter = cast(load(folder, target.shape), target.dtype).to(target.device)
 target = drafter.on(target)  # itself, unless the family changes it
 messages = [{{"role": "user", "content": "..."}}]
 ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -239,7 +240,8 @@ def _snippet(target: str, drafter: str) -> str:
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{target}")
+# the target's, with the chat template that was measured
+tokenizer = AutoTokenizer.from_pretrained("{drafter}")
 target = AutoModelForCausalLM.from_pretrained("{target}", dtype="auto")
 drafter = AutoModelForCausalLM.from_pretrained("{drafter}", dtype="auto")
 messages = [{{"role": "user", "content": "..."}}]

@@ -90,8 +90,8 @@ def test_what_a_drafter_can_draft(tmp_path: Path):
     assert found == [
         "chain of 2",
         "chain of 3",
-        "static tree of 3 nodes, 2 deep",
-        "dynamic tree of 3 nodes, 2 deep",
+        "tuned static tree of 3 nodes, 2 deep",
+        "dynamic tree of 3 nodes, 2 deep (top_k 2)",
     ]
     lm = LM(shape, width=64)
     assert [str(s) for s in shapes_of(lm, [2, 5], trees, tmp_path)] == ["chain of 2", "chain of 5"]
@@ -119,11 +119,19 @@ def report(folder: Path, name: str, speed: float) -> Path:
         "table": [cell],
         "conditions": {"draft_shape": "chain of 2", "parameters_drafter": 1234},
     }
+    if name == "slow":
+        whole["conditions"]["target_change"] = {"said": "it was changed"}
     (bench / "artifact" / "report.json").write_text(json.dumps(whole))
     note = {"inputs": {"drafter": str(train / "artifact")}}
     (bench / "stage.json").write_text(json.dumps(note))
     config = {"schedule": {"tokens": 5000}, "optim": {"lr": 0.1}}
-    (train / "stage.json").write_text(json.dumps({"config": config}))
+    before = folder / "pretrain"
+    before.mkdir(exist_ok=True)
+    (before / "stage.json").write_text(
+        json.dumps({"config": {"schedule": {"tokens": 2000}}, "inputs": {}})
+    )
+    inputs = {"drafter": str(before / "artifact")}
+    (train / "stage.json").write_text(json.dumps({"config": config, "inputs": inputs}))
     (train / "result.json").write_text('{"tokens_per_second": 77.0, "peak_memory_mib": 99.0}')
     return bench / "artifact"
 
@@ -137,10 +145,11 @@ def test_the_shootout_puts_the_fastest_first_and_shows_a_failed_control(tmp_path
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
         "broken (a control FAILED)",
         "fast",
-        "slow",
+        "slow (target CHANGED)",
     ]
     assert "0.50 -" in lines[3]
     assert "99 MiB" in lines[3]
+    assert "| 7,000 |" in lines[3]  # with what it was pretrained on
     assert metrics["speedup_fast"] == 2.1
     assert (tmp_path / "out" / "artifact" / "shootout.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="needs the bench stage of each family"):

@@ -473,14 +473,25 @@ def test_lora_moves_low_rank_matrices_and_is_merged(place: Path, one, tmp_path: 
 
 
 def test_lora_on_nothing_is_refused(place: Path):
-    stage = text(place)
+    stage = config(place)
     stage["drafter"]["lora"] = {"rank": 4, "alpha": 8}
     with pytest.raises(ValueError, match="adds to a model that is there already"):
-        build(stage).check([])
-    build(stage).check(["drafter"])
+        build(stage).check(["data"])
+    build(stage).check(["data", "drafter"])
+    build(text(place) | {"drafter": stage["drafter"]}).check([])  # pretraining makes the model
     stage["drafter"]["lora"] = {"rank": 4}
     with pytest.raises(ValueError, match=r"drafter.lora is .*expected"):
         build(stage)._drafter(distill.shape_of(build(stage).target, None))
+
+
+def test_a_target_is_not_changed_by_text(place: Path):
+    stage = text(place)
+    stage["drafter"] = {
+        "_target_": "drafters.medusa.Medusa",
+        "target_lora": {"rank": 4, "alpha": 8},
+    }
+    with pytest.raises(ValueError, match="learns from the target's own answers only"):
+        build(stage).check([])
 
 
 @pytest.mark.parametrize(
