@@ -84,7 +84,9 @@ def decode(
     rule: Rule | None = None,
     requests: list[int] | None = None,
 ) -> Decoded:
-    """Answers `prompts` together; the ids follow the target's own law whatever the drafter says.
+    """Answers `prompts` together; the ids follow the target's own law whatever the drafter says,
+    unless `rule` is lossy. A rule that does not cover a draft's law gives way to that law's
+    default.
 
     requests: a number for each prompt that keys its randomness (default: its place in the list),
     so that an answer does not depend on what else is in the batch.

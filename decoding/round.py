@@ -80,8 +80,8 @@ class Seen:
 
     ids_BS is padded on the right; row b holds count[b] tokens. `length` is each row's committed
     length with these tokens in it. hidden_BSD[b, s] is the state before token s; row 0 of a
-    prefill has no such state (zeros, never read). `draft` and `scored` are the last round's, None
-    after prefill.
+    prefill has no such state (zeros; read only where the prompt is one token). `draft` and
+    `scored` are the last round's, None after prefill.
     """
 
     ids_BS: Tensor

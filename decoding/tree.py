@@ -6,19 +6,14 @@ from torch import Tensor
 
 def depths(parents_BN: Tensor) -> Tensor:
     """Depth of root and nodes, [B, M]: the root's is 0, a child's its parent's plus one."""
-    B, N = parents_BN.shape
-    depth_BM = torch.zeros(B, N + 1, dtype=torch.long, device=parents_BN.device)
-    for n in range(N):
-        parent_B1 = parents_BN[:, n : n + 1] + 1
-        depth_BM[:, n + 1] = depth_BM.gather(1, parent_B1)[:, 0] + 1
-    return depth_BM
+    return ancestors(parents_BN).sum(-1) - 1
 
 
 def ancestors(parents_BN: Tensor) -> Tensor:
     """Boolean [B, M, M]: entry (i, j) says that j is i or an ancestor of i (root first)."""
     B, N = parents_BN.shape
-    mask_BMM = torch.eye(N + 1, dtype=torch.bool, device=parents_BN.device).repeat(B, 1, 1)
-    rows = torch.arange(B, device=parents_BN.device)
-    for n in range(N):
-        mask_BMM[:, n + 1] |= mask_BMM[rows, parents_BN[:, n] + 1]
-    return mask_BMM
+    reach_BMM = torch.eye(N + 1, device=parents_BN.device).repeat(B, 1, 1)
+    reach_BMM[:, 1:].scatter_(2, parents_BN[..., None] + 1, 1.0)
+    for _ in range(N.bit_length()):  # each time twice as far up
+        reach_BMM = (reach_BMM @ reach_BMM).clamp(max=1)
+    return reach_BMM.bool()

@@ -17,7 +17,8 @@ from decoding.tree import depths
 
 
 class Rule(ABC):
-    """Verifies drafts of the laws that it is exact for; `lossless` is printed in every report."""
+    """Verifies drafts of the laws that it is exact for; a lossy rule (not `lossless`) verifies any,
+    and reports and names say which is not."""
 
     name: str
     lossless: bool

@@ -1,9 +1,10 @@
-"""The family `eagle`: EAGLE-1 (Li et al. 2024, 2401.15077), and HASS with more steps.
+"""The family `eagle`: EAGLE-1 (Li et al. 2024, 2401.15077), with more steps as HASS aligns it.
 
 Shapes: B batch, T tokens, W nodes of a level, D target width, V vocabulary.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from decoding.round import Seen
 from decoding.target import Shape, Target
 from drafters.base import Batch
 from drafters.heads import Grown, Heads, pair_mask
-from drafters.layer import Layer, Unrolled, llama_config
+from drafters.layer import Layer, Unrolled, exported
 
 
 class Eagle(Heads):
@@ -24,8 +25,8 @@ class Eagle(Heads):
 
     Loss: regression x SmoothL1(feature_{t+1}, h_{t+1}) + objective_weight x the objective. noise:
     width of the uniform noise on h in training (the code's 0.2 at 512 tokens, scaled by 512 / T).
-    steps: 1 is EAGLE-1; more train on its own features fed back, detached (HASS, Zhang et al.
-    2024: 3), which are what it reads when it drafts.
+    steps: 1 is EAGLE-1; more train on its own features fed back, detached, which are what it reads
+    when it drafts: 3 is HASS's context alignment (Zhang et al. 2024), without its top-10 loss.
     """
 
     cached_layers = 1
@@ -93,8 +94,16 @@ class Eagle(Heads):
             feature_BTD = feature_BTD.detach()
 
     def config(self) -> dict[str, Any]:
-        config = llama_config(self.shape).to_dict()
-        return config | {"architectures": ["LlamaForCausalLM"]}
+        return exported(self.shape) | {"architectures": ["LlamaForCausalLM"]}
+
+    def written(self) -> dict[str, Tensor]:
+        """SGLang's fc has a bias, which it would leave random; vLLM passes over it."""
+        return super().written() | {"fc.bias": torch.zeros_like(self.fc.weight[:, 0])}
+
+    def found(self, folder: Path) -> dict[str, Tensor]:
+        saved = super().found(folder)
+        saved.pop("fc.bias", None)
+        return saved
 
     def _fuse(self, ids: Tensor, feature: Tensor, target: Target) -> Tensor:
         return self.fc(torch.cat([self.mine(target.embed(ids)), feature], dim=-1))

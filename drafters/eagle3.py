@@ -14,7 +14,7 @@ from decoding.round import Seen
 from decoding.target import Shape, Target
 from drafters.base import Batch
 from drafters.heads import Grown, Heads, pair_mask
-from drafters.layer import Layer, Unrolled, llama_config, rms_norm
+from drafters.layer import Layer, Unrolled, exported, rms_norm
 
 
 class Eagle3(Heads):
@@ -113,7 +113,7 @@ class Eagle3(Heads):
 
     def config(self) -> dict[str, Any]:
         """The native layout of vLLM and SGLang; the default taps need not be written."""
-        config = llama_config(self.shape).to_dict() | {
+        config = exported(self.shape) | {
             "architectures": ["LlamaForCausalLMEagle3"],
             "draft_vocab_size": self.lm_head.out_features,
             "target_hidden_size": self.shape.hidden_size,

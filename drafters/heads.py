@@ -248,12 +248,20 @@ class Heads(Trained):
     # --- files ----------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        tensors = {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}
+        tensors = {k: v.detach().contiguous().cpu() for k, v in self.written().items()}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         write_json(folder / "config.json", self.config())
 
+    def written(self) -> dict[str, Tensor]:
+        """What the file holds: the state dict, and what serving engines want beside it."""
+        return self.state_dict()
+
+    def found(self, folder: Path) -> dict[str, Tensor]:
+        """The state dict that such a file gives back."""
+        return load_file(folder / WEIGHTS)
+
     def read(self, folder: Path) -> None:
-        saved = load_file(folder / WEIGHTS)
+        saved = self.found(folder)
         mine = self.state_dict()
         wrong = [k for k in saved.keys() | mine.keys() if k not in saved or k not in mine]
         wrong += [k for k in saved.keys() & mine.keys() if saved[k].shape != mine[k].shape]

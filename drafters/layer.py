@@ -76,7 +76,7 @@ class Attention(nn.Module):
 
 
 def llama_config(shape: Shape) -> Any:
-    """A one-layer Llama of the target's shape; also what a checkpoint's config.json says of it."""
+    """A one-layer Llama of the target's shape."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -92,6 +92,13 @@ def llama_config(shape: Shape) -> Any:
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         tie_word_embeddings=False,
     )
+
+
+def exported(shape: Shape) -> dict[str, Any]:
+    """What a checkpoint's config.json says of it, the rotary base also as engines of before
+    transformers 5 read it (they take 10,000 where it is missing)."""
+    config = llama_config(shape).to_dict()
+    return config | {"rope_theta": shape.rope_theta, "rope_scaling": None}
 
 
 def rms_norm(shape: Shape) -> nn.Module:

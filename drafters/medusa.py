@@ -6,18 +6,18 @@ Shapes: B batch, T tokens, W nodes of a level, K heads, D target width, V vocabu
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from decoding.adapter import Adapted, Adapter
 from decoding.round import Seen
 from decoding.target import Shape, Target
 from drafters.base import Batch, Metrics, Objective, Prediction
-from drafters.heads import WEIGHTS, Grown, Heads, last
+from drafters.heads import Grown, Heads, last
 
 
 class ResBlocks(nn.Module):
@@ -44,9 +44,15 @@ class Medusa(Heads):
 
     target_lora: null is Medusa-1; {rank: 32, alpha: 16} is Medusa-2, which also trains LoRA
     matrices of the target, so that the target changes: loss = objective(adapted target, original)
-    + heads_weight x the heads'. With the objective forward_kl that is the paper's
-    self-distillation, with ce its joint training.
+    + heads_weight x sum_k decay^k x head k's cross-entropy: the heads learn the tokens in the data
+    whatever the objective. With forward_kl that is the paper's self-distillation, with ce its joint
+    training. The matrices learn at a quarter of the rate (the paper: 5e-4, heads 4 times that) and
+    may start beside the heads of a Medusa-1 checkpoint. Departures from the paper's code: the
+    output matrix has no LoRA matrices, there is no dropout, and heads_weight is a constant, not the
+    ramp sin(pi/2 step/steps).
     """
+
+    slow: ClassVar = {"adapter.": 0.25}
 
     def __init__(
         self,
@@ -88,7 +94,8 @@ class Medusa(Heads):
             return super().forward(batch, target, objective)
         assert isinstance(target, Adapted), "Medusa-2 learns on the target that it adapts"
         known = target(batch.ids_BT, doc_BT=batch.doc_BT)
-        heads, sums = super().forward(replace(batch, cached=known), target, objective)
+        hard = getattr(objective, "hard", objective)
+        heads, sums = super().forward(replace(batch, cached=known), target, hard)
         supervised = batch.mask_BT[:, 1:]
         teacher_ND = None
         if objective.needs_target:
@@ -104,7 +111,7 @@ class Medusa(Heads):
         )
         loss, measured = objective(own, target)
         of_target = {f"{key}@target": value for key, value in measured.items()}
-        return loss + self.heads_weight * heads, sums | of_target
+        return loss + self.heads_weight * self.decay * heads, sums | of_target
 
     def begin(self, state: Grown, seen: Seen, target: Target) -> Tensor:
         self.remember(state, self.mine(last(seen, seen.hidden_BSD))[:, None], root=True)
@@ -139,26 +146,38 @@ class Medusa(Heads):
             self.adapter.config().save_pretrained(own)
             save_file(self.adapter.peft_state(), own / "adapter_model.safetensors")
 
-    def read(self, folder: Path) -> None:
-        if self.adapter is not None:
-            saved = load_file(folder / WEIGHTS)
-            mine = {k: v for k, v in saved.items() if k.startswith("adapter.")}
-            self.adapter.take({k.removeprefix("adapter."): v for k, v in mine.items()})
-        super().read(folder)
+    def found(self, folder: Path) -> dict[str, Tensor]:
+        """Medusa-1's heads have no matrices of the target: those that `initialise` made stay."""
+        saved = super().found(folder)
+        if self.adapter is None:
+            return saved
+        mine = {k.removeprefix("adapter."): v for k, v in saved.items() if k.startswith("adapter.")}
+        self.adapter.take(mine)
+        if not self.adapter.a:
+            raise ValueError(
+                f"{folder} holds heads of Medusa-1, without matrices of the target: a training of "
+                "Medusa-2 can start from it, but it does not draft as one"
+            )
+        fresh = {f"adapter.{k}": v for k, v in self.adapter.state_dict().items()}
+        return saved if mine else saved | fresh
 
     def config(self) -> dict[str, Any]:
-        """vLLM's layout; it drops the biases unless told of them."""
-        return {
-            "architectures": ["MedusaModel"],
-            "model_type": "medusa",
+        """vLLM's layout, which drops the biases unless told of them. With `shared` heads the sizes
+        alone: vLLM would look for the target's output matrix in the folder, which is not there."""
+        sizes = {
             "hidden_size": self.shape.hidden_size,
             "vocab_size": self.shape.vocab_size,
-            "truncated_vocab_size": self.shape.vocab_size,
             "num_heads": len(self.blocks),
             "num_hidden_layers": len(self.blocks[0].layers),
-            "medusa_fc_bias": True,
-            "original_lm_head": not self.lm_heads,
         }
+        served = {
+            "architectures": ["MedusaModel"],
+            "model_type": "medusa",
+            "truncated_vocab_size": self.shape.vocab_size,
+            "medusa_fc_bias": True,
+            "original_lm_head": False,
+        }
+        return sizes | served if self.lm_heads else sizes
 
     def _logits(self, k: int, hidden_BWD: Tensor, target: Target) -> Tensor:
         states_BWD = self.blocks[k - 1](hidden_BWD)

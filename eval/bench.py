@@ -13,7 +13,6 @@ import torch
 from tqdm import tqdm
 
 from data.chat import require_same_tokenizer, require_template
-from data.repetition import is_repetitive
 from data.sources import Source, prompt_key
 from decoding.loop import Decoded, decode
 from decoding.pretrained import Pretrained
@@ -27,10 +26,10 @@ from eval.change import changed
 from eval.cost import pass_milliseconds
 from eval.prompts import Prompt, collect
 from eval.report import headline_lines, summarise, write_report
+from eval.runs import KEYS, groups_of, read, row
 from eval.shapes import Shape, shapes_of
 
 VERIFIED = 6  # tokens of a pass when the cost of verification is measured
-KEYS = ("arm", "temperature", "batch", "repeat", "group")  # what names a run
 BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left"
 DTYPES = ("bfloat16", "float32")
 CHANGED = "for the changed target, not for the original"
@@ -230,14 +229,17 @@ class Bench:
 
     def _measure(self, arms: Arms, prompts: list[Prompt], kept: Path) -> list[dict[str, Any]]:
         """Every run, arms in turn; those that stand in `kept` already are not made again."""
-        runs = _read(kept)
+        runs = read(kept)
         have = {tuple(run[key] for key in KEYS) for run in runs}
         cells = [(b, t) for b in sorted(self.batch_sizes) for t in self.temperatures]
         for arm in arms.values():  # warm-up: not counted
             self._answer(arm, prompts[:1], self.temperatures[-1], 0)
-        with tqdm(total=len(cells), desc="bench", bar_format=BAR) as bar, kept.open("a") as stream:
+        with (
+            tqdm(total=len(cells) + 1e-6, desc="bench", bar_format=BAR) as bar,
+            kept.open("a") as stream,
+        ):
             for batch, temperature in cells:
-                groups = _groups(prompts, batch, temperature, runs)
+                groups = groups_of(prompts, batch, temperature, runs)
                 if not groups:
                     tqdm.write(f"batch {batch} at T={temperature:g}: not measured, too few prompts")
                 turns = [(r, n) for r in range(self.repeats) for n in range(len(groups))]
@@ -248,7 +250,7 @@ class Bench:
                         together = [prompts[i] for i in groups[number]]
                         done = self._answer(arm, together, temperature, repeat)
                         place = (name, temperature, batch, repeat, number)
-                        runs.append(_run(place, groups[number], prompts, done))
+                        runs.append(row(place, groups[number], prompts, done))
                         stream.write(json.dumps(runs[-1]) + "\n")
                     bar.update(1 / len(turns))
         return runs
@@ -320,59 +322,6 @@ def _split(prompts: list[Prompt], trial: int, seed: int) -> tuple[list[Prompt], 
     random.Random(seed).shuffle(shuffled)
     trial = min(trial, len(shuffled) // 4 or 1)
     return shuffled[:trial], shuffled[trial:] or shuffled
-
-
-def _groups(
-    prompts: list[Prompt], batch: int, temperature: float, runs: list[dict[str, Any]]
-) -> list[list[int]]:
-    """Indices decoded together: single prompts, or batches of those that are not repetitive."""
-    if batch == 1:
-        return [[i] for i in range(len(prompts))]
-    odd = {
-        i
-        for run in runs
-        if run["batch"] == 1 and run["temperature"] == temperature and run["repetitive"]
-        for i in run["prompts"]
-    }
-    usable = [i for i in range(len(prompts)) if i not in odd]
-    return [usable[a : a + batch] for a in range(0, len(usable) - batch + 1, batch)]
-
-
-def _read(file: Path) -> list[dict[str, Any]]:
-    """The runs that an earlier start of this stage made; a line cut short is made again."""
-    runs = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        try:
-            runs.append(json.loads(line))
-        except ValueError:
-            continue
-    return runs
-
-
-def _run(
-    place: tuple[str, float, int, int, int],
-    group: list[int],
-    prompts: list[Prompt],
-    done: Decoded,
-) -> dict[str, Any]:
-    """One row of runs.jsonl (eval/report.py reads it)."""
-    tasks = {prompts[i].task for i in group}
-    return {
-        **dict(zip(KEYS, place, strict=True)),
-        "prompts": group,
-        "task": tasks.pop() if len(tasks) == 1 else "mixed",
-        "tokens": done.tokens,
-        "rounds": done.rounds,
-        "row_rounds": sum(len(a.accepted) for a in done.answers),
-        "seconds": done.seconds,
-        "first_seconds": done.first_seconds,
-        "first_tokens": done.first_tokens,
-        "draft_seconds": done.draft_seconds,
-        "verify_seconds": done.verify_seconds,
-        "drafted": [a.drafted for a in done.answers],
-        "accepted": [a.accepted for a in done.answers],
-        "repetitive": any(is_repetitive(a.ids) for a in done.answers),
-    }
 
 
 def _headline_metrics(report: dict[str, Any]) -> dict[str, float]:

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 PATIENCE = timedelta(days=2)  # the other ranks wait while rank 0 tokenises
+ALONE = {
+    "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",
+}  # fmt: skip
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
 
 
@@ -30,12 +34,11 @@ def join() -> tuple[int, int]:
 
     # the shared-memory operator needs a compiler and 20 s at first use; gloo does its work
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _, world = ranks()
+    if world == 1:  # also in a process that has joined before: DeepSpeed asks for them each time
+        os.environ.update(ALONE)
     if not torch.distributed.is_initialized():
-        _, world = ranks()
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         if world == 1:
-            os.environ.update(alone)
-            os.environ["MASTER_PORT"] = "0"
             torch.distributed.init_process_group(
                 _backend(), store=torch.distributed.HashStore(), rank=0, world_size=1
             )
@@ -54,7 +57,10 @@ def _backend() -> str:
 
 
 class Engine:
-    """AdamW with ZeRO over the drafter, its only module; clipping and accumulation included."""
+    """AdamW with ZeRO over the drafter, its only module; clipping and accumulation included.
+
+    A module may have `slow`: prefixes of parameter names, each with its share of the rate.
+    """
 
     def __init__(
         self,
@@ -75,12 +81,7 @@ class Engine:
         module.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        decay = [p for _, p in trained if p.dim() >= 2]
-        rest = [p for _, p in trained if p.dim() < 2]
-        groups = [
-            {"params": decay, "weight_decay": weight_decay},
-            {"params": rest, "weight_decay": 0.0},
-        ]
+        groups = _groups(trained, weight_decay, getattr(module, "slow", {}))
         config = {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,
@@ -91,7 +92,7 @@ class Engine:
             "steps_per_print": 10**9,
         }
         # torch's own AdamW: DeepSpeed's fused ones are compiled at first use
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config
         )
@@ -124,7 +125,7 @@ class Engine:
     def step(self, rate: float) -> None:
         """Ends a micro-batch; at the last one of a global batch the weights move."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         self.engine.step()
 
     def gradient_norm(self) -> float:
@@ -163,6 +164,20 @@ class Engine:
         for _, parameter in self.trained:
             full = safe_get_full_fp32_param(parameter)
             parameter.data = full.to(parameter.device).clone()
+
+
+def _groups(
+    trained: list[tuple[str, nn.Parameter]], weight_decay: float, slow: dict[str, float]
+) -> list[dict[str, Any]]:
+    """Parameters of one share of the rate, matrices (which decay) apart from the rest."""
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in trained:
+        share = next((s for prefix, s in slow.items() if name.startswith(prefix)), 1.0)
+        groups.setdefault((share, parameter.dim() >= 2), []).append(parameter)
+    return [
+        {"params": groups[key], "share": key[0], "weight_decay": weight_decay if key[1] else 0.0}
+        for key in sorted(groups, reverse=True)
+    ]
 
 
 def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:

@@ -21,14 +21,24 @@ PAD = 64  # tokens that N is rounded up to a multiple of
 CHUNK_ELEMENTS = 2**21  # logits of one chunk: 8 MiB in fp32, which the allocator reuses
 
 Sums = dict[str, Tensor]
-PerToken = Callable[[Tensor, Any, Tensor, slice], Tensor]
+PerToken = Callable[[Tensor, "_Truth", slice], Tensor]
 Judge = Callable[[Tensor, slice], tuple[Tensor, Sums]]
 
 
 class Loss(ABC):
-    """Loss and metrics of one group of predictions; `weight` scales it (by draft position, say)."""
+    """Loss and metrics of one group of predictions.
+
+    Where the drafter's vocabulary is smaller than the target's, p is renormalised over it, and
+    predictions whose likeliest token (whose label, without a target) lies outside do not count
+    (EAGLE-3).
+    """
 
     needs_target = True
+
+    @property
+    def hard(self) -> "Loss":
+        """What teaches the tokens in the data in this loss's place."""
+        return CE()
 
     def __call__(self, prediction: Prediction, target: Target | None) -> tuple[Tensor, Metrics]:
         per_token = self.prepare(prediction, target)
@@ -37,14 +47,18 @@ class Loss(ABC):
         def judge(q_CV: Tensor, at: slice) -> tuple[Tensor, Sums]:
             log_q_CV = q_CV.float().log_softmax(-1)
             truth = _truth(padded, real_N, target, at)
-            loss_C = per_token(log_q_CV, truth.log_p_CV, truth.labels_C.clamp(min=0), at)
-            return (loss_C * truth.counts_C).sum(), _measure(log_q_CV.detach(), truth)
+            return per_token(log_q_CV, truth, at).sum(), _measure(log_q_CV.detach(), truth)
 
         return chunked(padded, target, judge)
 
     def prepare(self, prediction: Prediction, target: Target | None) -> PerToken:
-        """What turns (log q, log p, labels) of a chunk, and which it is, into a loss per token."""
-        return lambda log_q_CV, log_p_CV, labels_C, at: self.per_token(log_q_CV, log_p_CV, labels_C)
+        """What turns log q and the truth of a chunk, and which it is, into a loss per token, 0 for
+        one that does not count."""
+        return lambda log_q_CV, truth, at: self.counted(log_q_CV, truth)
+
+    def counted(self, log_q_CV: Tensor, truth: "_Truth") -> Tensor:
+        labels_C = truth.labels_C.clamp(min=0)
+        return self.per_token(log_q_CV, truth.log_p_CV, labels_C) * truth.counts_C
 
     @abstractmethod
     def per_token(self, log_q_CV: Tensor, log_p_CV: Any, labels_C: Tensor) -> Tensor:
@@ -89,7 +103,15 @@ class JSD(Loss):
         return self.beta * _kl(log_p_CV, log_m) + (1 - self.beta) * _kl(log_q_CV, log_m)
 
 
-class TV(Loss):
+class Acceptance(Loss):
+    """A function of alpha = sum min(p, q), to which tokens outside the drafter's vocabulary add
+    nothing: p is taken as it is there, and every prediction counts."""
+
+    def counted(self, log_q_CV, truth):
+        return self.per_token(log_q_CV, truth.whole_log_p_CV, truth.labels_C) * truth.real_C
+
+
+class TV(Acceptance):
     """Total variation 1 - alpha. Its gradient vanishes for a drafter far from p: not for a start
     from scratch."""
 
@@ -97,8 +119,8 @@ class TV(Loss):
         return 1 - _alpha(log_q_CV, log_p_CV)
 
 
-class NegLogAcceptance(Loss):
-    """-log alpha, alpha = sum min(p, q): the acceptance loss L_alpha of LK losses (2602.23881)."""
+class NegLogAcceptance(Acceptance):
+    """-log alpha: the acceptance loss L_alpha of LK losses (2602.23881)."""
 
     def per_token(self, log_q_CV, log_p_CV, labels_C):
         return -_alpha(log_q_CV, log_p_CV).clamp(min=1e-30).log()
@@ -109,7 +131,8 @@ class LambdaHybrid(Loss):
 
     alpha is averaged over the predictions of a sequence at one draft position, and detached: of
     the paper's "batch or sequence" the one that does not depend on the micro-batch. The families
-    weigh their draft positions themselves.
+    weigh their draft positions themselves. Over a smaller vocabulary KL counts what `Loss` says,
+    TV and alpha what `Acceptance` says.
     """
 
     def __init__(self, *, eta: float = 3.0) -> None:
@@ -121,9 +144,9 @@ class LambdaHybrid(Loss):
         padded, real_N = _pad(prediction)
         mix_N = torch.exp(-self.eta * _mean_alpha(padded, real_N, target))
 
-        def per_token(log_q_CV: Tensor, log_p_CV: Any, labels_C: Tensor, at: slice) -> Tensor:
-            mix_C, tv_C = mix_N[at], 1 - _alpha(log_q_CV, log_p_CV)
-            return mix_C * _kl(log_p_CV, log_q_CV) + (1 - mix_C) * tv_C
+        def per_token(log_q_CV: Tensor, truth: _Truth, at: slice) -> Tensor:
+            kl_C, tv_C = (loss.counted(log_q_CV, truth) for loss in (ForwardKL(), TV()))
+            return mix_N[at] * kl_C + (1 - mix_N[at]) * tv_C
 
         return per_token
 
@@ -240,8 +263,8 @@ def _slices(prediction: Prediction, target: Target | None) -> list[slice]:
 
 @dataclass
 class _Truth:
-    """What a chunk is judged by: log p and labels over the drafter's vocabulary, what is real (not
-    padding), what counts for the loss, and log of the share of p inside that vocabulary."""
+    """What a chunk is judged by: log p (renormalised) and labels over the drafter's vocabulary,
+    what is real (not padding), what counts, and log of the share of p inside that vocabulary."""
 
     log_p_CV: Tensor | None
     labels_C: Tensor
@@ -249,11 +272,16 @@ class _Truth:
     counts_C: Tensor
     log_share_C1: Tensor | float = 0.0
 
+    @property
+    def whole_log_p_CV(self) -> Tensor:
+        """log p as it is, without renormalising."""
+        assert self.log_p_CV is not None, "this loss needs a target"
+        return self.log_p_CV + self.log_share_C1
+
 
 @torch.no_grad()
 def _truth(prediction: Prediction, real_N: Tensor, target: Target | None, at: slice) -> _Truth:
-    """Where the drafter's vocabulary is smaller p is renormalised, and predictions whose likeliest
-    token (whose label, without a target) lies outside do not count in the loss (EAGLE-3)."""
+    """See `Loss` for a smaller vocabulary."""
     labels_C, real_C = prediction.labels_N[at], real_N[at]
     log_p_CV = None
     if prediction.target_ND is not None and target is not None:
@@ -286,9 +314,8 @@ def _mean_alpha(prediction: Prediction, real_N: Tensor, target: Target | None) -
     for at in _slices(prediction, target):
         log_q = prediction.logits(prediction.hidden_ND[at], target).float().log_softmax(-1)
         truth = _truth(prediction, real_N, target, at)
-        assert truth.log_p_CV is not None, "the hybrid loss needs a target"
-        alphas.append(_alpha(log_q, truth.log_p_CV) * truth.counts_C)
-        counts.append(truth.counts_C)
+        alphas.append(_alpha(log_q, truth.whole_log_p_CV) * truth.real_C)
+        counts.append(truth.real_C)
     alpha_N, count_N, row_N = torch.cat(alphas), torch.cat(counts), prediction.row_N
     rows = int(row_N.max()) + 1
     total_B = alpha_N.new_zeros(rows).index_add(0, row_N, alpha_N)
@@ -310,9 +337,8 @@ def _measure(log_q_CV: Tensor, truth: _Truth) -> Sums:
         "top1": ((guess_C == labels_C) * real_C).sum(),
     }
     if truth.log_p_CV is not None:
-        log_p_CV = truth.log_p_CV
-        sums["alpha"] = (_alpha(log_q_CV, log_p_CV + truth.log_share_C1) * real_C).sum()
-        sums["agree"] = ((guess_C == log_p_CV.argmax(-1)) * truth.counts_C).sum()
+        sums["alpha"] = (_alpha(log_q_CV, truth.whole_log_p_CV) * real_C).sum()
+        sums["agree"] = ((guess_C == truth.log_p_CV.argmax(-1)) * truth.counts_C).sum()
     return sums
 
 

@@ -20,6 +20,7 @@ from law import (
 )
 from toys import sharpen, tiny_target
 from wrong import (
+    AcceptsByP,
     BlockForgetsWeight,
     DrawsArgmax,
     DrawsCooler,
@@ -32,6 +33,7 @@ from wrong import (
     SoftmaxOfResidual,
 )
 
+from decoding.loop import decode
 from decoding.sampling import Sampling
 from decoding.verify import Block, Chain, OneHot
 from drafters.lm import LM
@@ -159,6 +161,31 @@ def test_block_accepts_no_fewer_tokens_than_chain():
                 whole[block + tail] = whole.get(block + tail, 0) + weight * share
         assert distance(whole, product(p, 0, 4)) < 1e-12
     assert mean["block"] > mean["chain"] + 1e-3
+
+
+def surplus(rule, family=TableLM, rows: int = 40, rounds: int = 100) -> float:
+    """Tokens accepted in real decoding beyond those due, in standard deviations: what is drafted
+    after x stands with probability sum min(p, q) of the laws after x."""
+    p_VV, q_VV = tables(V)
+    overlap_V = np.minimum(reference_law(p_VV, SAMPLED), reference_law(q_VV, SAMPLED)).sum(-1)
+    out = decode(
+        TableTarget(p_VV), family(q_VV, draft_length=3), [[b % V] for b in range(rows)],
+        sampling=SAMPLED, max_new_tokens=4 * rounds, rule=rule,
+    )  # fmt: skip
+    taken, asked = 0, []
+    for b, answer in enumerate(out.answers):
+        context, at = [b % V, *answer.ids], 0
+        for accepted in answer.accepted[:rounds]:  # the limit cuts none of these
+            asked += context[at : at + min(accepted + 1, 3)]
+            taken, at = taken + accepted, at + accepted + 1
+    due = overlap_V[asked]
+    return float((taken - due.sum()) / np.sqrt((due * (1 - due)).sum()))
+
+
+def test_a_chain_accepts_what_its_laws_have_in_common():
+    assert abs(surplus(Chain())) < 4
+    assert surplus(AcceptsByP()) < -8
+    assert abs(surplus(Chain(), TableDrawsArgmax)) > 8
 
 
 def test_drafts_of_a_law_that_a_rule_is_not_exact_for_are_refused():

@@ -87,6 +87,14 @@ class SoftmaxOfResidual(_WrongResidual):
         return (p_V - q_V).clamp(min=0).softmax(-1)
 
 
+class AcceptsByP(ChainRule):
+    """Accepts with p where the rule says p / q."""
+
+    def _verify(self, logits_BMV, draft, dice) -> Verdict:
+        certain = replace(draft, q_BMV=torch.ones_like(draft.q_BMV))
+        return super()._verify(logits_BMV, certain, dice)
+
+
 class BlockForgetsWeight(Block):
     """Draws from norm((p - q)+) where block verification needs norm((pi p - q)+)."""
 

@@ -13,6 +13,7 @@ from probes import cached, reach, scatter, states
 from safetensors.torch import load_file
 from torch import Tensor
 from toys import tiny_target
+from transformers import LlamaConfig
 
 from decoding.loop import decode
 from decoding.target import Shape, Target
@@ -110,14 +111,30 @@ def test_gradients_through_what_is_fed_back(target, family, flows):
 # --- eagle ---------------------------------------------------------------------------------------
 
 
-def test_eagle_has_the_tensors_of_vllm_and_no_more(target):
-    """No input norm, no bias of fc; embeddings and head are the target's."""
+def test_eagle_has_the_tensors_of_vllm_and_sglang(target, tmp_path):
+    """No input norm; embeddings and head are the target's. SGLang's fc has a bias: in the file it
+    is zero, in the drafter there is none."""
     drafter = build("eagle", target.shape)
-    assert set(drafter.state_dict()) == {"fc.weight", *(f"layers.0.{name}" for name in LAYER)}
+    due = {"fc.weight", *(f"layers.0.{name}" for name in LAYER)}
     assert isinstance(drafter, Eagle)
+    assert set(drafter.state_dict()) == due
+    save(drafter.bfloat16(), tmp_path, {})
+    saved = load_file(tmp_path / "model.safetensors")
+    assert set(saved) == due | {"fc.bias"}
+    assert torch.equal(saved["fc.bias"], torch.zeros(32, dtype=torch.bfloat16))
+    assert set(load(tmp_path, target.shape).state_dict()) == due
     assert drafter.fc.weight.shape == (32, 64)
     assert drafter.config()["architectures"] == ["LlamaForCausalLM"]
     assert drafter.config()["num_hidden_layers"] == 1
+
+
+@pytest.mark.parametrize("family", ["eagle", "eagle3"])
+def test_the_rotary_base_is_told_in_both_spellings(target, family):
+    """vLLM and SGLang on transformers 4 read `rope_theta`, and 10,000 where it is missing."""
+    config = build(family, replace(target.shape, rope_theta=1e6)).config()  # type: ignore[attr-defined]
+    assert (config["rope_theta"], config["rope_scaling"]) == (1e6, None)
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 1e6}
+    assert LlamaConfig.from_dict(config).rope_parameters == config["rope_parameters"]
 
 
 def test_nothing_is_normed_before_eagles_attention(target, monkeypatch):

@@ -49,6 +49,19 @@ def test_medusa_heads_and_their_layers_share_nothing(target):
     assert len({p.data_ptr() for p in named.values()}) == len(named)
 
 
+def test_vllm_is_told_of_medusas_that_it_can_load(target):
+    """`shared` heads would need the target's output matrix in the folder."""
+    sizes = {"hidden_size": 32, "vocab_size": 40, "num_heads": 3, "num_hidden_layers": 2}
+    assert Medusa(target.shape, heads=3, layers=2, head="shared").config() == sizes
+    assert Medusa(target.shape, heads=3, layers=2).config() == sizes | {
+        "architectures": ["MedusaModel"],
+        "model_type": "medusa",
+        "truncated_vocab_size": 40,
+        "medusa_fc_bias": True,
+        "original_lm_head": False,
+    }
+
+
 def test_swapping_trained_heads_hurts(target):
     """After training on a cycle, head k names the token 1 + k after x_t; its neighbour another."""
     drafter = Medusa(target.shape, heads=3).double()

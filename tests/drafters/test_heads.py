@@ -129,7 +129,8 @@ def test_a_borrowed_head_teaches_what_an_explicit_one_does(target, monkeypatch, 
             log_p, log_q = (target.logits(x).log_softmax(-1) for x in (truth_ND, leaf))
             given.weight_VD = None  # the hybrid asks it for its acceptance
             judge = loss.prepare(given, target)
-            total = judge(log_q, log_p, labels_N, slice(0, 50)).sum()
+            truth = objectives._Truth(log_p, labels_N, torch.ones(50), torch.ones(50))
+            total = judge(log_q, truth, slice(0, 50)).sum()
         else:
             total, _ = loss(given, target)
         found.append((total.double(), torch.autograd.grad(3 * total, leaf)[0]))

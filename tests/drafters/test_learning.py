@@ -115,6 +115,8 @@ def test_the_target_is_not_in_the_drafter(target, family, tmp_path):
         for file in tmp_path.glob("*.safetensors")
         for key in safe_open(str(file), "pt").keys()  # noqa: SIM118
     ]
+    if family == "eagle":
+        stored.remove("fc.bias")  # zeros, for SGLang
     assert len(stored) == len({p.data_ptr() for p in drafter.state_dict().values()})
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from contract import packed
+from probes import scatter
 from safetensors.torch import load_file
 from toys import tiny_model, tiny_target
 
@@ -18,6 +19,7 @@ from decoding.target import Target
 from drafters.base import load, save
 from drafters.medusa import Medusa
 from eval.change import changed
+from train.engine import ALONE, Engine, join
 from train.objectives import CE, ForwardKL
 
 LORA = {"rank": 4, "alpha": 8}
@@ -84,6 +86,64 @@ def test_the_loss_is_the_targets_own_and_a_share_of_the_heads(target):
             assert alone.item() == pytest.approx(float(sums["ce@target"]), rel=1e-5)
         else:  # KL to the original, which is off the adapted law by now
             assert float(sums["alpha@target"]) < 0.99 * float(sums["tokens@target"])
+
+
+def test_heads_learn_the_data_and_weigh_decay_from_the_first_on(target):
+    """heads_weight sum_k 0.8^k CE_k, k from 1, also where the target's own loss is a KL; any
+    function may judge."""
+    drafter, batch = trained(target), packed(40)
+    learning = drafter.learning(target)
+
+    def judge(prediction, target):
+        return CE()(prediction, target)
+
+    judge.needs_target = False
+    for objective in (CE(), ForwardKL(), judge):
+        drafter.heads_weight = 0.0
+        own, _ = drafter(batch, learning, objective)
+        drafter.heads_weight = 0.5
+        loss, sums = drafter(batch, learning, objective)
+        due = sum(0.8**k * float(sums[key]) for k, key in enumerate(("ce", "ce@2", "ce@3"), 1))
+        assert (loss - own).item() == pytest.approx(0.5 * due, rel=1e-4)
+
+
+def test_medusa_1_may_start_it_and_is_not_one(target, tmp_path: Path):
+    drafter = fresh(target)
+    before = {k: v.clone() for k, v in drafter.adapter.state_dict().items()}
+    heads = scatter(Medusa(target.shape, heads=3))
+    save(heads, tmp_path, {"heads": 3})
+    drafter.read(tmp_path)
+    state = drafter.state_dict()
+    assert state.keys() == heads.state_dict().keys() | {f"adapter.{k}" for k in before}
+    assert all(torch.equal(state[k], v) for k, v in heads.state_dict().items())
+    assert all(torch.equal(state[f"adapter.{k}"], v) for k, v in before.items())
+    with pytest.raises(ValueError, match="holds heads of Medusa-1, without matrices"):
+        Medusa(target.shape, heads=3, target_lora=LORA).read(tmp_path)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_targets_matrices_learn_at_a_quarter_of_the_rate(monkeypatch, dtype, zero_stage):
+    """AdamW's first step moves a weight by the rate, whatever its gradient."""
+    for name, value in ALONE.items():
+        monkeypatch.setenv(name, value)  # what join() sets goes with the test
+    join()
+    target = tiny_target(dtype=torch.float32)
+    drafter = fresh(target).float()
+    for matrix in drafter.adapter.b.values():  # else the others have no gradient yet
+        torch.nn.init.normal_(matrix, std=0.02)
+    engine = Engine(
+        drafter, dtype=dtype, zero_stage=zero_stage, micro_batch=2, accumulation=1, clip=1.0,
+        betas=(0.9, 0.99), weight_decay=0.0,
+    )  # fmt: skip
+    before = engine.state()
+    loss, _ = engine(packed(40), drafter.learning(target), CE())
+    engine.backward(loss)
+    engine.step(1e-2)
+    after = engine.state()
+    for name, _ in engine.trained:
+        moved = float((after[name] - before[name]).abs().max())
+        assert moved == pytest.approx(0.25e-2 if name.startswith("adapter.") else 1e-2, rel=1e-2)
 
 
 def test_answers_are_the_changed_targets(target):

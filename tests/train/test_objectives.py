@@ -216,7 +216,9 @@ def naive(loss: Loss, prediction: Prediction, target: Head) -> Tensor:
     z = prediction.hidden_ND @ prediction.weight_VD.T
     log_p = target.logits(prediction.target_ND).log_softmax(-1)
     per_token = loss.prepare(prediction, target)  # type: ignore[arg-type]
-    return per_token(z.log_softmax(-1), log_p, prediction.labels_N, slice(0, len(z))).sum()
+    real_N = torch.ones(len(z))
+    truth = objectives._Truth(log_p, prediction.labels_N, real_N, real_N)
+    return per_token(z.log_softmax(-1), truth, slice(0, len(z))).sum()
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 50])
@@ -403,16 +405,48 @@ def test_labels_are_the_next_token_and_the_target_is_read_at_the_same_place():
     assert all(x.grad is None and not x.requires_grad for x in target.parameters())
 
 
-def test_the_hybrids_mixture_knows_only_what_counts():
-    """Predictions outside the drafter's vocabulary are dropped, and so must their acceptance be."""
-    hidden, weight, states, target = problem(n=40)
-    ids_V = torch.tensor([1, 4, 5, 9])
-    whole = make(hidden, weight[ids_V], states)
-    whole.vocabulary_V, whole.labels_N = ids_V, torch.zeros(40, dtype=torch.long)
-    inside = torch.isin(target.logits(states).argmax(-1), ids_V)
-    part = make(hidden[inside], weight[ids_V], states[inside])
-    part.vocabulary_V, part.labels_N = ids_V, torch.zeros(int(inside.sum()), dtype=torch.long)
-    assert 3 < int(inside.sum()) < 37
-    all_of_them, _ = LambdaHybrid()(whole, target)
-    those_inside, _ = LambdaHybrid()(part, target)
-    torch.testing.assert_close(all_of_them, those_inside)
+# --- a smaller vocabulary of the drafter's -------------------------------------------------------
+
+CUT = torch.tensor([1, 4, 5, 9])
+
+
+def cut(n: int = 40) -> tuple[Prediction, Head, dict[str, Tensor]]:
+    """Predictions over four of thirteen tokens; by hand: p as it is and renormalised, q, alpha, and
+    where the target's likeliest token can be drafted."""
+    hidden, weight, states, target = problem(n=n)
+    prediction = make(hidden, weight[CUT], states)
+    prediction.vocabulary_V = CUT
+    whole = target.logits(states).softmax(-1)
+    p, q = whole[:, CUT], (hidden @ weight[CUT].T).softmax(-1)
+    inside = torch.isin(whole.argmax(-1), CUT)
+    assert 3 < int(inside.sum()) < n - 3
+    hand = {"p": p / p.sum(-1, keepdim=True), "q": q, "inside": inside}
+    return prediction, target, hand | {"alpha": torch.minimum(p, q).sum(-1)}
+
+
+def test_losses_on_alpha_are_those_of_the_acceptance_that_is_measured():
+    """A token that cannot be drafted is neither renormalised away nor left out."""
+    prediction, target, hand = cut()
+    tv, sums = TV()(prediction, target)
+    torch.testing.assert_close(tv, (1 - hand["alpha"]).sum())
+    torch.testing.assert_close(tv, sums["tokens"] - sums["alpha"])
+    for loss in (TV(), NegLogAcceptance()):
+        for at in torch.arange(40).split(1):
+            single = make(prediction.hidden_ND[at], prediction.weight_VD, prediction.target_ND[at])
+            single.vocabulary_V = CUT
+            got, measured = loss(single, target)
+            alpha = measured["alpha"]
+            torch.testing.assert_close(got, 1 - alpha if isinstance(loss, TV) else -alpha.log())
+
+
+def test_the_hybrid_renormalises_for_kl_alone():
+    prediction, target, hand = cut()
+    p, q, alpha, inside = (hand[name] for name in ("p", "q", "alpha", "inside"))
+    kl = (p * (p.log() - q.log())).sum(-1) * inside
+    mix = math.exp(-2.0 * float(alpha.mean()))
+    got, _ = LambdaHybrid(eta=2.0)(prediction, target)
+    torch.testing.assert_close(got, (mix * kl + (1 - mix) * (1 - alpha)).sum())
+
+
+def test_what_teaches_the_data_is_cross_entropy():
+    assert all(isinstance(cls().hard, CE) for cls in (CE, *DISTILLING))
