@@ -73,7 +73,7 @@ class Bench:
         batch_sizes: list[int],
         draft_lengths: list[int],
         trees: list[dict[str, Any]] | None = None,
-        trial_prompts: int = 6,
+        trial_prompts: int = 12,
         control_prompts: int = 6,
         repeats: int = 3,
         baselines: dict[str, Drafter | None] | None = None,
@@ -214,18 +214,23 @@ class Bench:
     def _try(
         self, model: Target, ours: Trained, trial: list[Prompt], shapes: list[Shape]
     ) -> dict[str, float]:
-        """Tokens/s of each shape on the trial prompts; {} where there is only one.
+        """Tokens/s of each shape on the trial prompts, in turn; {} where there is only one.
 
         Over all temperatures together, since one drafter serves them all.
         """
-        speed: dict[str, float] = {}
-        for shape in shapes if len(shapes) > 1 else []:
-            shape.give(ours)
-            arm = (model, ours, None)
-            self._answer(arm, trial[:1], 0.0, 0)
-            done = [self._answer(arm, [p], t, 0) for t in self.temperatures for p in trial]
-            speed[str(shape)] = sum(d.tokens for d in done) / sum(d.seconds for d in done)
-        return speed
+        if len(shapes) == 1:
+            return {}
+        arm, names = (model, ours, None), [str(shape) for shape in shapes]
+        tokens, seconds = dict.fromkeys(names, 0), dict.fromkeys(names, 0.0)
+        for turn, prompt in enumerate(tqdm(trial[:1] + trial, desc="shapes of draft")):
+            for shape, name in zip(shapes, names, strict=True):
+                shape.give(ours)
+                for temperature in self.temperatures:
+                    done = self._answer(arm, [prompt], temperature, 0)
+                    if turn:  # the first is the warm-up
+                        tokens[name] += done.tokens
+                        seconds[name] += done.seconds
+        return {name: tokens[name] / seconds[name] for name in names}
 
     def _measure(self, arms: Arms, prompts: list[Prompt], kept: Path) -> list[dict[str, Any]]:
         """Every run, arms in turn; those that stand in `kept` already are not made again."""
