@@ -21,8 +21,9 @@ from decoding.round import Draft, Seen
 from decoding.sampling import Dice, Sampling
 from decoding.target import Shape, Target
 from drafters.base import Batch, Metrics, Objective, Prediction, Trained, write_json
+from drafters.confined import confined
 from drafters.layer import Attend, Layer, cached
-from drafters.trees import Chain, Growth, tree_of
+from drafters.trees import Chain, Growth, above, tree_of
 
 WEIGHTS = "model.safetensors"
 
@@ -119,7 +120,7 @@ class Heads(Trained):
                 "tune a tree for this drafter"
             )
         dice = Dice(state.sampling, state.requests, seen.length)
-        return tree.grow(self.ask(state, seen, target, dice))
+        return tree.grow(confined(self.ask(state, seen, target, dice)))
 
     def ask(self, state: Grown, seen: Seen, target: Target, dice: Dice) -> Growth:
         """This round's questions, as trees put them."""
@@ -182,19 +183,8 @@ class Heads(Trained):
     def reach(self, state: Grown, parents_BW: Tensor) -> Tensor:
         """Which asked nodes (old ones, then these) each of these nodes may attend to, [B, W, A];
         remembers it for the nodes below."""
-        B, W = parents_BW.shape
-        n = state.above_Bnn.shape[1] if state.above_Bnn.numel() else 0
-        allowed = torch.zeros(B, W, n + W, dtype=torch.bool, device=parents_BW.device)
-        allowed[:, :, n:] = torch.eye(W, dtype=torch.bool, device=parents_BW.device)
-        if n:
-            index = (parents_BW - 1).clamp(min=0)[:, :, None].expand(B, W, n)
-            inherited = state.above_Bnn.gather(1, index) & (parents_BW > 0)[:, :, None]
-            allowed[:, :, :n] = inherited
-        grown = torch.zeros(B, n + W, n + W, dtype=torch.bool, device=parents_BW.device)
-        grown[:, :n, :n] = state.above_Bnn if n else grown[:, :0, :0]
-        grown[:, n:] = allowed
-        state.above_Bnn = grown
-        return allowed
+        state.above_Bnn = above(state.above_Bnn, parents_BW)
+        return state.above_Bnn[:, -parents_BW.shape[1] :]
 
     def parents(self, state: Grown, parents_BW: Tensor) -> Tensor:
         """Features of the parents, [B, W, F]."""

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, S newly committed tokens, N drafted tokens, D width, 
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,22 @@ from decoding.round import Draft, Seen
 from decoding.sampling import Dice, Sampling
 from decoding.target import Shape, Target, additive, document_mask, refuse_what_cannot_be_cropped
 from drafters.base import Batch, Metrics, Objective, Prediction, Trained
-from drafters.trees import Chain
+from drafters.confined import confined
+from drafters.trees import Chain, Growth, above, tree_of
 
 HEAD_DIM = 64
 
 
 @dataclass
 class LMState:
-    """The drafter's own cache; `fed` is how many of the last draft's tokens it has read."""
+    """The drafter's own cache. `fed`: how many tokens of a chain it has committed to it in advance;
+    above: of a tree, which nodes that it was asked about stand above which."""
 
     cache: Cache
     sampling: Sampling
     requests: list[int]
     fed: int = 0
+    above_Bnn: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def select(self, rows: list[int]) -> None:
         self.cache.select(rows)
@@ -45,9 +48,12 @@ class LM(Trained):
     draft_length: tokens drafted a round. stop_below: a row stops drafting after a token that the
     drafter gave less than this probability (the token stays in the draft, so the law stays exact).
     sample: whether it draws its tokens when the target samples (else it takes the likeliest).
+    tree: {kind: static | dynamic | branching | beams, ...} instead of a chain; drafters/trees.py.
     """
 
-    free = frozenset({"draft_length", "stop_below", "sample"})  # cannot change what training makes
+    free = frozenset(
+        {"draft_length", "stop_below", "sample", "tree"}
+    )  # cannot change what training makes
 
     def __init__(
         self,
@@ -61,11 +67,13 @@ class LM(Trained):
         draft_length: int = 5,
         stop_below: float = 0.0,
         sample: bool = True,
+        tree: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if layers < 1:
             raise ValueError(f"drafter.layers is {layers}; it must be at least 1")
         self.draft_length, self.stop_below, self.sample = draft_length, stop_below, sample
+        self.tree = tree_of(tree)
         self.chain()  # its own checks, before anything starts
         if lora is not None and not (set(lora) == {"rank", "alpha"} and min(lora.values()) > 0):
             raise ValueError(f"drafter.lora is {lora}; expected {{rank: 16, alpha: 32}} or null")
@@ -118,13 +126,18 @@ class LM(Trained):
                 f"requests of {max_len} tokens exceed the drafter's {self.max_positions} positions"
             )
         layers = self.model.config.num_hidden_layers
-        own = Cache(layers, len(requests), max_len + self.draft_length + 2)
+        drafted = self.tree.nodes if self.tree else self.draft_length
+        own = Cache(layers, len(requests), max_len + drafted + 2)
         return LMState(own, sampling, list(requests))
 
     @torch.inference_mode()
     def propose(self, state: LMState, seen: Seen, target: Target) -> Draft:
         dice = Dice(state.sampling, state.requests, seen.length)
-        return self.chain().grow(_Round(self, state, seen, dice))
+        return (self.tree or self.chain()).grow(confined(self.ask(state, seen, target, dice)))
+
+    def ask(self, state: LMState, seen: Seen, target: Target, dice: Dice) -> Growth:
+        """This round's questions, as trees put them."""
+        return _Round(self, state, seen, dice)
 
     def chain(self) -> Chain:
         return Chain(self.draft_length, stop_below=self.stop_below, sample=self.sample)
@@ -167,6 +180,7 @@ class LM(Trained):
         drafter.draft_length = drafting.get("draft_length", 5)
         drafter.stop_below = drafting.get("stop_below", 0.0)
         drafter.sample = drafting.get("sample", True)
+        drafter.tree = None
         return drafter
 
     def _hidden(self, batch: Batch) -> Tensor:
@@ -180,43 +194,62 @@ class LM(Trained):
         return out.last_hidden_state
 
     def catch_up(self, state: LMState, seen: Seen) -> Tensor:
-        """Reads the committed tokens that it has not read: the prompt, or the last one or two.
+        """Reads the committed tokens that it has not read: the prompt, or what the last round
+        brought; returns the logits after the last, [B, V].
 
-        After a draft it has read the root and `fed` of its own tokens; of those, the accepted stay.
+        After a chain it has read the root and `fed` of its own tokens; of those, the accepted stay.
+        What it read of a tree it reads again.
         """
         new = list(seen.count)
         if seen.draft is not None or max(state.cache.length) > 0:
             new = [c - min(c - 1, state.fed) for c in seen.count]
             state.cache.length = [n - k for n, k in zip(seen.length, new, strict=True)]
-        state.fed = 0
+        state.fed, state.above_Bnn = 0, torch.empty(0)
         longest = max(new)
         unread = [
             [min(c - k + s, c - 1) for s in range(longest)]
             for c, k in zip(seen.count, new, strict=True)
         ]
         index = torch.tensor(unread, device=seen.ids_BS.device)
-        return self.step(seen.ids_BS.gather(1, index), new, state.cache)
+        hidden_BSD = self._read(seen.ids_BS.gather(1, index), state.cache)
+        state.cache.length = list(seen.length)
+        last_B = torch.tensor(new, device=index.device) - 1
+        hidden_BD = hidden_BSD[torch.arange(len(new), device=index.device), last_B]
+        return self.model.get_output_embeddings()(hidden_BD)
 
-    def step(self, ids_BS: Tensor, new: list[int], cache: Cache) -> Tensor:
-        """Reads `new[b]` tokens of each row; returns the logits after the last of them, [B, V]."""
-        B, S = ids_BS.shape
-        device = ids_BS.device
-        cache.open(S, device)
+    def below(self, state: LMState, ids_BW: Tensor, parents_BW: Tensor, depth: int) -> Tensor:
+        """Logits of what follows these nodes, [B, W, V]. A chain's token joins the cache, in the
+        hope that it is accepted; a tree's nodes lie behind it, and see what stands above them."""
+        if self.tree is None:
+            hidden_BWD = self._read(ids_BW, state.cache)
+            state.fed += 1
+            state.cache.length = [n + 1 for n in state.cache.length]
+        else:
+            state.above_Bnn = above(state.above_Bnn, parents_BW)
+            hidden_BWD = self._read(ids_BW, state.cache, state.above_Bnn, depth)
+        return self.model.get_output_embeddings()(hidden_BWD)
+
+    def _read(
+        self, ids_BS: Tensor, cache: Cache, above_Bnn: Tensor | None = None, depth: int = 0
+    ) -> Tensor:
+        """States of tokens that follow each other behind the cache's, or, with `above`, of the
+        last nodes of a tree, all at one depth; [B, S, D]."""
+        (B, S), device = ids_BS.shape, ids_BS.device
         start_B1 = torch.tensor(cache.length, device=device)[:, None]
+        if above_Bnn is None:
+            cache.open(S, device)
+            mask, positions_BS = cache.causal(B, S, device), start_B1 + torch.arange(S).to(device)
+        else:
+            cache.open(S, device, after=above_Bnn.shape[1] - S)
+            mask, positions_BS = cache.mask(above_Bnn[:, -S:]), (start_B1 + depth - 1).expand(B, S)
         out = self.model.base_model(
             input_ids=ids_BS,
-            position_ids=start_B1 if S == 1 else start_B1 + torch.arange(S, device=device),
-            attention_mask=additive(cache.causal(B, S, device), self.model.dtype),
+            position_ids=positions_BS,
+            attention_mask=additive(mask, self.model.dtype),
             past_key_values=cache,
             use_cache=True,
         )
-        cache.length = [n + k for n, k in zip(cache.length, new, strict=True)]
-        hidden_BSD = out.last_hidden_state
-        if S == 1:
-            return self.model.get_output_embeddings()(hidden_BSD[:, 0])
-        last = torch.tensor(new, device=device) - 1
-        hidden_BD = hidden_BSD[torch.arange(B, device=device), last]
-        return self.model.get_output_embeddings()(hidden_BD)
+        return out.last_hidden_state
 
 
 def _refuse(model: Any, name: str) -> None:
@@ -247,8 +280,7 @@ class _Round:
         return self.drafter.catch_up(self.state, self.seen)
 
     def deepen(self, ids_BW: Tensor, parents_BW: Tensor, depth: int) -> Tensor:
-        self.state.fed += 1
-        return self.drafter.step(ids_BW, [1] * len(ids_BW), self.state.cache)[:, None]
+        return self.drafter.below(self.state, ids_BW, parents_BW, depth)
 
 
 def _architecture(

@@ -260,6 +260,21 @@ class Beams(Tree):
         return _drawn(ids, parents, laws, dice.sampling.greedy)
 
 
+def above(known_Bnn: Tensor, parents_BW: Tensor) -> Tensor:
+    """Which asked nodes stand above which (each above itself), those of one more level added,
+    Boolean [B, n + W, n + W]. known: the same before it (empty: nothing but the root was asked);
+    parents: as `Growth.deepen` has them."""
+    B, W = parents_BW.shape
+    n = known_Bnn.shape[1] if known_Bnn.numel() else 0
+    grown = torch.zeros(B, n + W, n + W, dtype=torch.bool, device=parents_BW.device)
+    grown[:, n:, n:] = torch.eye(W, dtype=torch.bool, device=parents_BW.device)
+    if n:
+        index_BWn = (parents_BW - 1).clamp(min=0)[:, :, None].expand(B, W, n)
+        grown[:, n:, :n] = known_Bnn.gather(1, index_BWn) & (parents_BW > 0)[:, :, None]
+        grown[:, :n, :n] = known_Bnn
+    return grown
+
+
 KINDS: dict[str, type[Tree]] = {"static": Static, "dynamic": Dynamic, "branching": Branching}
 KINDS |= {"beams": Beams}
 

@@ -10,6 +10,7 @@ Shapes: R rows (one per branch of the enumeration), V vocabulary, G draft length
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -86,13 +87,14 @@ class TableLM(LM):
         self.draft_length = drafting.get("draft_length", 2)
         self.stop_below = drafting.get("stop_below", 0.0)
         self.sample = drafting.get("sample", True)
+        self.tree = None
+        self.model = SimpleNamespace(get_output_embeddings=lambda: lambda logits: logits)
 
     def start(self, target, cache, sampling, requests, max_len) -> LMState:
         return LMState(Cache(0, len(requests), 1), sampling, list(requests))
 
-    def step(self, ids_BS: Tensor, new: list[int], cache: Cache) -> Tensor:
-        cache.length = [n + k for n, k in zip(cache.length, new, strict=True)]
-        return self.table[ids_BS[torch.arange(len(new)), torch.tensor(new) - 1]]
+    def _read(self, ids_BS: Tensor, cache: Cache, above_Bnn=None, depth: int = 0) -> Tensor:
+        return self.table[ids_BS]
 
 
 # --- (i) exact enumeration ---------------------------------------------------------------------

@@ -25,8 +25,9 @@ from law import tables
 from decoding.loop import decode
 from decoding.sampling import Dice, Sampling
 from decoding.target import Target
-from drafters import trees
+from drafters import lm, trees
 from drafters.heads import Heads
+from drafters.lm import LM
 from drafters.trees import Beams, Branching, Dynamic, Static, tree_of
 from train.compose import find
 
@@ -35,7 +36,8 @@ GREEDY, SAMPLED, TIGHT = Sampling(), Sampling(temperature=1.0), 1e-6
 PLACES = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 1, 0]]
 ONE_HOT = ("static", "dynamic")
 DRAWN = ("branching", "beams")
-HEADS = [f for f in TRAINED if issubclass(find(arguments(f)["_target_"], f), Heads)]
+GROWING = [f for f in TRAINED if "checkpoint" not in arguments(f)]  # one of each way to read
+LMS = {f for f in TRAINED if issubclass(find(arguments(f)["_target_"], f), LM)}
 TREES = {
     "static": {"kind": "static", "paths": PLACES},
     "dynamic": {"kind": "dynamic", "top_k": 3, "depth": 4, "nodes": 9},
@@ -64,15 +66,15 @@ def informed(target: Target, kind: str, sampling: Sampling) -> Grower:
     return Grower(tree, table_VV)
 
 
-@pytest.mark.parametrize("family", ["table", "eagle"])
+@pytest.mark.parametrize("family", ["table", "eagle", "lm"])
 @pytest.mark.parametrize("kind", TREES)
 def test_answers_are_the_targets_own(target, family, kind):
     """Greedily with every tree, and when sampling with trees that are a function of the prefix:
     the target's draws are keyed by position, so that the answer is plain sampling's."""
     for sampling in (GREEDY, SAMPLED) if kind in ONE_HOT else (GREEDY,):
         drafter: Any = informed(target, kind, sampling)
-        if family == "eagle":
-            drafter = build("eagle", target.shape, tree=TREES[kind]).double().eval()
+        if family != "table":
+            drafter = build(family, target.shape, tree=TREES[kind]).double().eval()
         truth = ids_of(target, None, sampling=sampling)
         assert len(set(truth[0])) > 6, "a constant answer proves nothing"
         assert ids_of(target, drafter, sampling=sampling) == truth
@@ -112,7 +114,7 @@ def furthest(family: str, kind: str) -> float:
     training judges behind its path alone, over the rounds of a ragged batch."""
     target = tiny_target(vocab=17, seed=5, spread=0.25, tied=False)
     drafter = sharpen(build(family, target.shape, tree=TREES[kind]).double(), 2).eval()
-    assert isinstance(drafter, Heads)
+    assert isinstance(drafter, Heads | LM)
     assert drafter.tree is not None
     noting = drafter.tree = Noting(drafter.tree)
     out = decode(
@@ -126,14 +128,16 @@ def furthest(family: str, kind: str) -> float:
             committed = (PROMPTS[request] + out.answers[request].ids)[:length]
             for node, path in enumerate([(), *paths(draft, b)][: draft.q_BMV.shape[1]]):
                 ids = [*committed, *path]
-                rows = teacher_forced(drafter, [*ids, 0, 0, 0, 0], target)[len(path)]
+                heads = teacher_forced(drafter, [*ids, 0, 0, 0, 0], target)
+                rows = heads[0 if family in LMS else len(path)]
                 due_V = rows[len(ids)].softmax(-1)
                 gap = max(gap, (draft.q_BMV[b, node] - due_V).abs().max().item())
     return gap
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"), [("eagle", "branching"), *((family, "beams") for family in HEADS)]
+    ("family", "kind"),
+    [("eagle", "branching"), ("lm", "branching"), *((family, "beams") for family in GROWING)],
 )
 def test_a_node_sees_its_own_path(family, kind):
     """U9 for the drafter: what the cache's scratch slots hold of other paths stays unseen."""
@@ -144,6 +148,12 @@ def test_attention_to_other_paths_is_noticed(monkeypatch):
     reach = Heads.reach
     monkeypatch.setattr(Heads, "reach", lambda *a: torch.ones_like(reach(*a)))
     assert furthest("eagle", "branching") > 1e-4
+
+
+def test_a_tree_of_an_lm_that_sees_other_paths_is_noticed(monkeypatch):
+    above = lm.above
+    monkeypatch.setattr(lm, "above", lambda *a: torch.ones_like(above(*a)))
+    assert furthest("lm", "branching") > 1e-4
 
 
 # --- how each kind grows -------------------------------------------------------------------------
