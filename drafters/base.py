@@ -38,6 +38,20 @@ class Batch:
     doc_BT: Tensor
     cached: TargetOut | None = None
 
+    @classmethod
+    def of(cls, answers: list[tuple[list[int], list[int]]], device: torch.device) -> "Batch":
+        """Prompts with their answers, a row each, padded to the right; the answers' tokens are
+        supervised."""
+        longest = max(len(prompt) + len(answer) for prompt, answer in answers)
+        ids_BT = torch.zeros(len(answers), longest, dtype=torch.long)
+        doc_BT = torch.full_like(ids_BT, -1)
+        mask_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+        for b, (prompt, answer) in enumerate(answers):
+            end = len(prompt) + len(answer)
+            ids_BT[b, :end] = torch.tensor([*prompt, *answer])
+            doc_BT[b, :end], mask_BT[b, len(prompt) : end] = b, True
+        return cls(ids_BT.to(device), mask_BT.to(device), doc_BT.to(device))
+
 
 @dataclass
 class Prediction:
@@ -95,6 +109,10 @@ class Drafter(nn.Module, ABC):
 
     taps: tuple[int, ...] = ()
     changes_target = False
+    remembers = False  # what one call of decode taught it serves the next, until it must `forget`
+
+    def forget(self) -> None:
+        """Drops what earlier requests taught it: it is cold again."""
 
     def on(self, target: Target) -> Target:
         """The target that it decodes with: this one, unless the family `changes_target`."""
