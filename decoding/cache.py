@@ -69,11 +69,11 @@ class Cache:
         own = allowed_BMA.gather(2, index) & (own_BW < A)[:, None, :]
         return (own | (own_BW < 0)[:, None, :])[:, None]
 
-    def causal(self, rows: int, tokens: int, device: torch.device) -> Tensor:
-        """`mask` for a pass whose tokens follow each other."""
-        if tokens == 1 and self._write is None:  # every slot is committed or the token itself
+    def causal(self, rows: int, tokens: int, device: torch.device, after: int = 0) -> Tensor:
+        """`mask` for a pass whose tokens follow each other and `after` scratch tokens."""
+        if tokens == 1 and self._write is None:  # every slot stands before the token, or is its own
             return torch.ones(rows, 1, 1, self._width, dtype=torch.bool, device=device)
-        tril = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+        tril = torch.ones(tokens, after + tokens, dtype=torch.bool, device=device).tril(after)
         return self.mask(tril.expand(rows, -1, -1))
 
     def keep(self, path: list[list[int]], is_chain: bool) -> None:
