@@ -19,6 +19,7 @@ from data.rows import Message, Row, Sample
 from data.sources import Source, heldout, prompt_key, prompt_of
 from decoding.loop import decode
 from decoding.pretrained import Pretrained
+from decoding.ranks import Ranks
 from decoding.sampling import Sampling
 from decoding.target import Target
 from drafters.base import write_json
@@ -32,7 +33,7 @@ class Generate:
     Prompt i gets `answers_per_prompt` answers, the j-th at temperatures[(i + j) mod n] (Yi et al.
     2024 use 0, 0.3, 0.7, 1.0). Answers that were truncated, are degenerate or in another language
     than `language` are counted and dropped. A row keeps the exact ids, so training never
-    re-tokenises what the target wrote.
+    re-tokenises what the target wrote. Several ranks share the shards of `shard_size` answers.
     """
 
     free = frozenset({"batch_size"})
@@ -71,26 +72,34 @@ class Generate:
         """Writes artifact/shard-*.jsonl and data.json (counts and the template of origin)."""
         tokenizer = self.target.tokenizer(target)
         require_template(tokenizer, self.target.path or "the target")
-        prompts = Gated(self.prompts, of="prompt")
-        questions = list(islice(self._questions(prompts), self.limit))
-        print(prompts.summary(), flush=True)
+        ranks = Ranks.here(together=self.target.parallel is not None)
+        questions = ranks.decide(self._asked, alone=True)
         folder = out / "artifact"
         folder.mkdir(parents=True, exist_ok=True)
         jobs = [(i, j) for i in range(len(questions)) for j in range(self.answers_per_prompt)]
         shards = [jobs[a : a + self.shard_size] for a in range(0, len(jobs), self.shard_size)]
-        model, total = None, Counter[str]()
-        with tqdm(total=len(jobs), unit="answer", desc="generate") as bar:
-            for number, shard in enumerate(shards):
-                file = folder / f"shard-{number:05d}.jsonl"
-                note = file.with_suffix(".counts.json")
-                if not note.is_file():
-                    model = model or self.target.load(target)
-                    self._answer(model, tokenizer, questions, shard, file, bar)
-                else:
-                    bar.update(len(shard))
-                total.update(json.loads(note.read_text(encoding="utf-8")))
-                bar.set_postfix(kept=total["kept"], tokens=total["tokens"])
-        return self._finish(folder, total, tokenizer)
+        notes = [folder / f"shard-{number:05d}.counts.json" for number in range(len(shards))]
+        done = ranks.decide(lambda: [note.is_file() for note in notes], alone=True)
+        mine = [n for n in range(len(shards)) if ranks.has(n)]
+        model = self.target.load(target) if not all(done[n] for n in mine) else None
+        most = sum(len(shards[n]) for n in mine)
+        with tqdm(total=most, unit="answer", desc="generate", disable=not ranks.first) as bar:
+            for number in mine:
+                if model is None or done[number]:
+                    bar.update(len(shards[number]))
+                    continue
+                talks = self._answer(model, tokenizer, questions, shards[number], bar)
+                if ranks.first or not ranks.together:
+                    self._write(notes[number], talks, model, template_hash(tokenizer))
+        ranks.barrier()
+        return ranks.decide(lambda: self._finish(folder, notes, tokenizer), alone=True)
+
+    def _asked(self) -> list[Row]:
+        """The prompts, no two alike."""
+        prompts = Gated(self.prompts, of="prompt")
+        questions = list(islice(self._questions(prompts), self.limit))
+        print(prompts.summary(), flush=True)
+        return questions
 
     def _questions(self, prompts: Gated) -> Iterator[Row]:
         seen = set()
@@ -110,9 +119,8 @@ class Generate:
         tokenizer: Any,
         questions: list[Row],
         jobs: list[tuple[int, int]],
-        file: Path,
         bar: tqdm,
-    ) -> None:
+    ) -> list["_Talk"]:
         """One shard: all its conversations, turn by turn, grouped by temperature."""
         most = min(self.max_prompt_tokens, model.shape.max_positions - self.max_new_tokens)
         if most < 1:
@@ -132,7 +140,7 @@ class Generate:
                     self._batch(model, tokenizer, group[a : a + self.batch_size])
                     bar.update(sum(not t.waiting for t in group[a : a + self.batch_size]))
         bar.update(sum(talk.fault == "prompt too long" for talk in talks))
-        self._write(file, talks, model, template_hash(tokenizer))
+        return talks
 
     def _batch(self, model: Target, tokenizer: Any, talks: list["_Talk"]) -> None:
         sampling = Sampling(temperature=talks[0].temperature, seed=self.seed)
@@ -162,9 +170,11 @@ class Generate:
     def _temperature(self, i: int, j: int) -> float:
         return self.temperatures[(i + j) % len(self.temperatures)]
 
-    def _write(self, file: Path, talks: list["_Talk"], model: Target, template: str) -> None:
+    def _write(self, note: Path, talks: list["_Talk"], model: Target, template: str) -> None:
+        """The shard, and then its counts: a shard without is made again."""
         origin = {"target": model.name, "revision": model.revision, "template": template}
         counts: Counter[str] = Counter()
+        file = note.with_name(note.name.replace(".counts.json", ".jsonl"))
         part = file.with_suffix(".part")
         with part.open("w", encoding="utf-8") as stream:
             for talk in talks:
@@ -174,9 +184,12 @@ class Generate:
                     row = talk.row() | {"seed": self.seed} | origin
                     stream.write(json.dumps(row, ensure_ascii=False) + "\n")
         part.replace(file)
-        write_json(file.with_suffix(".counts.json"), dict(counts))
+        write_json(note, dict(counts))
 
-    def _finish(self, folder: Path, total: Counter[str], tokenizer: Any) -> dict[str, float]:
+    def _finish(self, folder: Path, notes: list[Path], tokenizer: Any) -> dict[str, float]:
+        total = Counter[str]()
+        for file in notes:
+            total.update(json.loads(file.read_text(encoding="utf-8")))
         tokens = total.pop("tokens", 0)
         counts = ", ".join(f"{n:,} {why}" for why, n in total.most_common())
         print(f"answers: {counts}; {tokens:,} tokens kept", flush=True)

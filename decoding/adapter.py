@@ -82,6 +82,11 @@ class Adapter(nn.Module):
         """The model again, over the same tensors, with room for matrices in its layers."""
         from peft import inject_adapter_in_model
 
+        if getattr(model, "tp_size", None):
+            raise ValueError(
+                "this drafter changes its target, which it can only where the target is whole; "
+                "set target.parallel=null"
+            )
         shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
         return inject_adapter_in_model(self.config(), copy.deepcopy(model, shared))
 

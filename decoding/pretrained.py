@@ -5,10 +5,11 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from decoding.sharded import Sharded, sharding
 from decoding.target import Target, probe
 
 WHOLE = 256 * 2**20  # files up to this many bytes are hashed whole
@@ -21,6 +22,7 @@ class Pretrained:
 
     `path` null says that a stage of the recipe trains the target. `chat_template` (Jinja) is for
     targets whose tokenizer comes without one; `thinking` sets the template's enable_thinking.
+    `parallel: tensor` shards a target that is too large for one device over all ranks of a stage.
     """
 
     path: str | None = None
@@ -29,10 +31,16 @@ class Pretrained:
     shape: dict[str, Any] | None = None
     chat_template: str | None = None
     thinking: bool | None = None
+    parallel: Literal["tensor"] | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"target.dtype is {self.dtype!r}; it must be one of {list(DTYPES)}")
+        if self.parallel not in (None, "tensor"):
+            raise ValueError(
+                f"target.parallel is {self.parallel!r}; it must be tensor (sharded over the ranks) "
+                "or null (whole on each); ZeRO-3 is not supported for targets"
+            )
 
     def fingerprint(self) -> str:
         """Contents of a local folder; a Hub id is named by its revision. Raises ValueError for a
@@ -52,27 +60,17 @@ class Pretrained:
 
     def load(self, folder: Path | None = None, dtype: str | None = None) -> Target:
         """The frozen model from `folder` (a stage's artifact) or from `path`."""
-        from transformers import AutoModelForCausalLM
-
-        place = str(folder or self.path)
+        place, revision = str(folder or self.path), None if folder else self.revision
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                place,
-                revision=None if folder else self.revision,
-                dtype=DTYPES[dtype or self.dtype],
-                trust_remote_code=False,
-            )
+            parts = sharding(place, revision, self.name) if self.parallel else {}
+            model = _model(place, revision=revision, dtype=DTYPES[dtype or self.dtype], **parts)
         except OSError as error:
             raise OSError(_unreachable(place, error)) from None
-        except ValueError as error:  # an encoder-decoder model, or code that comes with the weights
-            raise ValueError(
-                f"the target {place} is no decoder-only model that transformers knows: "
-                f"{' '.join(str(error).split())[:200]}; choose another"
-            ) from None
-        target = Target(model, name=self.name)
+        target = (Sharded if parts else Target)(model, name=self.name)
         hub = None if folder else getattr(model.config, "_commit_hash", None)
-        target.revision = (None if folder else self.revision) or hub or contents_hash(place)
-        target.to("cuda" if torch.cuda.is_available() else "cpu")
+        target.revision = revision or hub or contents_hash(place)
+        if not parts:  # a part of a model is where it belongs already
+            target.to("cuda" if torch.cuda.is_available() else "cpu")
         probe(target)
         return target
 
@@ -96,6 +94,19 @@ class Pretrained:
             setting = f"{{%- set enable_thinking = {choice} %}}"
             tokenizer.chat_template = setting + tokenizer.chat_template
         return tokenizer
+
+
+def _model(place: str, **options: Any) -> Any:
+    """What transformers loads; raises ValueError for all but decoder-only models that it knows."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(place, trust_remote_code=False, **options)
+    except ValueError as error:  # an encoder-decoder model, or code that comes with the weights
+        raise ValueError(
+            f"the target {place} is no decoder-only model that transformers knows: "
+            f"{' '.join(str(error).split())[:200]}; choose another"
+        ) from None
 
 
 def contents_hash(path: str | Path) -> str:

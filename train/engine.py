@@ -3,13 +3,14 @@
 import logging
 import os
 import warnings
-from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-PATIENCE = timedelta(days=2)  # the other ranks wait while rank 0 tokenises
+from decoding.ranks import PATIENCE, backend, ranks
+from decoding.ranks import join as join_group
+
 ALONE = {
     "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "0",
@@ -17,32 +18,24 @@ ALONE = {
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
 
 
-def ranks() -> tuple[int, int]:
-    """(rank, world size) as the launcher set them; (0, 1) without one."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def join() -> tuple[int, int]:
     """Joins the process group (a group of one without a launcher) and returns rank and size."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    else:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     quiet()
     import deepspeed
     import deepspeed.ops
 
     # the shared-memory operator needs a compiler and 20 s at first use; gloo does its work
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    _, world = ranks()
+    _, world = join_group()
     if world == 1:  # also in a process that has joined before: DeepSpeed asks for them each time
         os.environ.update(ALONE)
-    if not torch.distributed.is_initialized():
-        if world == 1:
+        if not torch.distributed.is_initialized():
             torch.distributed.init_process_group(
-                _backend(), store=torch.distributed.HashStore(), rank=0, world_size=1
+                backend(), store=torch.distributed.HashStore(), rank=0, world_size=1
             )
-        deepspeed.init_distributed(dist_backend=_backend(), verbose=False, timeout=PATIENCE)
+    deepspeed.init_distributed(dist_backend=backend(), verbose=False, timeout=PATIENCE)
     return ranks()
 
 
@@ -50,10 +43,6 @@ def quiet() -> None:
     """DeepSpeed tells every rank's every step of set-up; only errors are let through."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def _backend() -> str:
-    return "nccl" if torch.cuda.is_available() else "gloo"
 
 
 class Engine:

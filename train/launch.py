@@ -32,13 +32,17 @@ class Launch:
         `parallel` says that the stage can use several ranks; others run on one.
         """
         command = self._command(folder) if parallel else _inline(folder)
-        environment = os.environ | {"TOKENIZERS_PARALLELISM": "true", "PYTHONUNBUFFERED": "1"}
-        # a log file wants a line now and then, not a bar that redraws itself
-        environment.setdefault("TQDM_MININTERVAL", "0.5" if sys.stderr.isatty() else "20")
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-        process = subprocess.Popen(command, cwd=ROOT, env=environment)
+        for left in ("failed.json", "failed.claim"):  # of an earlier start
+            (folder / left).unlink(missing_ok=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=self._environment(parallel))
+        told: list[int] = []
+
+        def stop(number: int, _: object) -> None:
+            told.append(number)
+            process.terminate()
+
         # the stage saves and ends by itself; Ctrl-C reaches it from the terminal
-        earlier = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        earlier = signal.signal(signal.SIGTERM, stop)
         ignored = signal.signal(signal.SIGINT, lambda *_: None)
         try:
             code = process.wait()
@@ -48,7 +52,19 @@ class Launch:
         note = folder / "failed.json"
         if code and note.is_file():
             return json.loads(note.read_text(encoding="utf-8"))["code"]
+        if code and told:  # a launcher that is stopped has a code of its own
+            return 143
         return {-signal.SIGTERM: 143, -signal.SIGINT: 130}.get(code, code)
+
+    def _environment(self, parallel: bool) -> dict[str, str]:
+        environment = os.environ | {"TOKENIZERS_PARALLELISM": "true", "PYTHONUNBUFFERED": "1"}
+        # a log file wants a line now and then, not a bar that redraws itself
+        environment.setdefault("TQDM_MININTERVAL", "0.5" if sys.stderr.isatty() else "20")
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        if parallel and self.ranks > 1:  # threads of several ranks on the same cores wait in turn
+            mine = max(1, len(os.sched_getaffinity(0)) // self.ranks)
+            environment.setdefault("OMP_NUM_THREADS", str(mine))
+        return environment
 
     def _command(self, folder: Path) -> list[str]:
         worker = ["train.worker", str(folder)]

@@ -13,7 +13,10 @@ from train.launch import Launch
 from train.plan import Planned, plan
 
 BAD_INPUT, ENVIRONMENT = 2, 4
-SEVERAL_RANKS = ("train.distill.Distill", "train.base.BaseTarget")
+TRAINING = ("train.distill.Distill", "train.base.BaseTarget")
+EVALUATION = ("eval.bench.Bench", "data.generate.Generate")  # also with a sharded target
+ALONE = ("eval.tune_tree.TuneTree", "eval.skip_layers.SkipLayers")  # which load one, on one rank
+SEVERAL_RANKS = (*TRAINING, *EVALUATION)
 
 
 def run_recipe(name: str, config: dict[str, Any]) -> tuple[int, float | None]:
@@ -26,7 +29,8 @@ def run_recipe(name: str, config: dict[str, Any]) -> tuple[int, float | None]:
         launch: Launch = build(config["launch"])
         stages = plan(config, root)
         for stage in stages:
-            if stage.config["_target_"] in SEVERAL_RANKS:
+            _refuse_sharding(stage, launch.ranks)
+            if stage.config["_target_"] in TRAINING:
                 build(stage.config).schedule.micro(launch.ranks)  # refuses what cannot be shared
         if config["plan"]:
             from train.estimate import show
@@ -46,6 +50,27 @@ def run_recipe(name: str, config: dict[str, Any]) -> tuple[int, float | None]:
         return _say(ENVIRONMENT, error), None
     except KeyboardInterrupt:
         return _say(130, "stopped; the same command goes on where it was"), None
+
+
+def _refuse_sharding(stage: Planned, ranks: int) -> None:
+    """Raises ValueError for a stage that cannot use a target sharded over ranks, which must all
+    read the same tokens: training gives each its own rows."""
+    kind, parallel = stage.config["_target_"], (stage.config.get("target") or {}).get("parallel")
+    reads = kind in ALONE
+    if kind == "train.distill.Distill":
+        made = build(stage.config)
+        reads = made.objective.needs_target or made.drafter.cls.needs_target
+    if parallel and reads:
+        raise ValueError(
+            f"stages.{stage.name} cannot use a sharded target (target.parallel={parallel}), bench "
+            f"and generate alone can; leave it out (stages.{stage.name}=null), or set "
+            "target.parallel=null"
+        )
+    if parallel and kind in EVALUATION and ranks == 1:
+        raise ValueError(
+            f"target.parallel is {parallel}, which shards the target over several ranks, and there "
+            "is one; set launch=torchrun launch.ranks=2 (or more), or target.parallel=null"
+        )
 
 
 def _run(name: str, launch: Launch, stages: list[Planned], root: Path) -> tuple[int, float | None]:
@@ -101,7 +126,7 @@ def _summary(name: str, stages: list[Planned]) -> float | None:
 
             report = json.loads((artifact / "report.json").read_text(encoding="utf-8"))
             print(*(f"  {line}" for line in headline_lines(report)), sep="\n")
-            print(f"  report: {_shown(artifact / 'report.md')}, {_shown(artifact / 'report.png')}")
+            print(f"  report: {_shown(artifact / 'report.md')}, {_shown(artifact / 'report.html')}")
             speedup = results[stage.name].get("speedup_T0")
         elif kind in ("train.publish.Publish", "train.base.BaseTarget"):
             print(f"  {stage.name}: {_shown(artifact)}")

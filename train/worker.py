@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+from contextlib import redirect_stdout, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,12 +14,13 @@ from typing import Any, TextIO
 import torch
 from safetensors import SafetensorError
 
+from decoding.ranks import ranks
 from drafters.base import write_json
 from eval.controls import Failed
 from train.loop import Preempted
 
-BAD_INPUT, CHECK_FAILED, ENVIRONMENT, STOPPED, PREEMPTED = 2, 3, 4, 130, 143
-FAILED = "failed.json"
+BUG, BAD_INPUT, CHECK_FAILED, ENVIRONMENT, STOPPED, PREEMPTED = 1, 2, 3, 4, 130, 143
+FAILED, CLAIM = "failed.json", "failed.claim"
 PACKAGES = ("torch", "transformers", "datasets", "deepspeed", "safetensors", "tokenizers")
 
 
@@ -28,7 +30,7 @@ def main(arguments: list[str]) -> int:
     folder = Path(place)
     lock = _lock(folder)
     if lock is None:
-        return _say(folder, BAD_INPUT, f"another process is at work in {folder}; let it finish")
+        return _tell(folder, BAD_INPUT, f"another process is at work in {folder}; let it finish")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DISABLE_TQDM_FOR_WEIGHTS", "1")
     code = _guarded(folder)
@@ -38,8 +40,6 @@ def main(arguments: list[str]) -> int:
 
 def _lock(folder: Path) -> TextIO | None:
     """Held as long as this process lives; None when another has it. Rank 0 locks for its job."""
-    from train.engine import ranks
-
     stream = (folder / ".lock").open("w")
     if ranks()[0] == 0:
         try:
@@ -52,8 +52,14 @@ def _lock(folder: Path) -> TextIO | None:
 def _guarded(folder: Path) -> int:
     """Runs; a sentence for what the user can mend, a traceback for what we must."""
     try:
-        (folder / FAILED).unlink(missing_ok=True)
-        _run(folder)
+        if ranks()[1] == 1:  # several must not undo what the quickest has said
+            for left in (FAILED, CLAIM):
+                (folder / left).unlink(missing_ok=True)
+        if ranks()[0] == 0:
+            _run(folder)
+        else:  # what it would print, rank 0 prints
+            with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+                _run(folder)
         return 0
     except ValueError as error:
         return _say(folder, BAD_INPUT, str(error))
@@ -68,17 +74,18 @@ def _guarded(folder: Path) -> int:
         return _say(folder, ENVIRONMENT, str(error))
     except KeyboardInterrupt:
         return _say(folder, STOPPED, "stopped; the same command goes on where it was")
-    except Exception:
-        if not (folder / FAILED).is_file():  # else it is only that another rank has ended
+    except Exception as error:
+        if _first_to_fail(folder):
             traceback.print_exc()
-        return 1
+            write_json(folder / FAILED, {"code": BUG, "error": f"{type(error).__name__}: {error}"})
+        return BUG
 
 
 def _run(folder: Path) -> None:
     from transformers.utils import logging
 
     from train.compose import bind, build
-    from train.engine import quiet, ranks
+    from train.engine import quiet
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -126,13 +133,25 @@ def environment(world: int = 1) -> dict[str, Any]:
 
 
 def _say(folder: Path, code: int, sentence: str) -> int:
-    """Prints the first rank's sentence, and leaves its code for the command: a launcher reports
-    one of its own."""
-    from train.engine import ranks
+    """Tells the sentence of the first rank to fail."""
+    if _first_to_fail(folder):
+        _tell(folder, code, sentence)
+    return code
 
-    if ranks()[0] == 0:
-        write_json(folder / FAILED, {"code": code, "error": sentence})
-        print(f"error: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
+
+def _first_to_fail(folder: Path) -> bool:
+    """Whether no other rank has failed before: one that has, is why this one ends."""
+    with suppress(FileExistsError):
+        (folder / CLAIM).touch(exist_ok=False)
+        return True
+    return False
+
+
+def _tell(folder: Path, code: int, sentence: str) -> int:
+    """Prints, and leaves the code for the command: a launcher reports one of its own."""
+    write_json(folder / FAILED, {"code": code, "error": sentence})
+    who = f"rank {ranks()[0]}: " if ranks()[0] else ""
+    print(f"error: {who}{' '.join(sentence.split())}", file=sys.stderr, flush=True)
     return code
 
 

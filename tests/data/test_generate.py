@@ -13,6 +13,7 @@ from data.generate import Generate, read
 from data.sources import Local, heldout, prompt_key
 from decoding.pretrained import Pretrained
 from tests.tiny import write_chats, write_target, write_texts
+from train.launch import Launch
 
 SHARDS = 3
 PROMPTS = 24
@@ -139,10 +140,10 @@ def test_only_the_missing_shard_is_made_again(place: Path, made: Path, tmp_path:
     answered = []
     real = Generate._answer
     monkeypatch.setattr(
-        Generate, "_answer", lambda self, *a: answered.append(a[4].name) or real(self, *a)
+        Generate, "_answer", lambda self, *a: answered.append(a[3][0]) or real(self, *a)
     )
     stage(place).run(out)
-    assert answered == ["shard-00001.jsonl"]
+    assert answered == [(PROMPTS // SHARDS, 0)], "the first prompt of the second shard"
     assert shards(out) == before
     after = {p.name: p.stat().st_mtime_ns for p in (out / "artifact").glob("shard-*")}
     assert {n: after[n] for n in stamps} == stamps
@@ -263,3 +264,32 @@ def test_a_target_without_a_chat_template_is_refused(place: Path, tmp_path: Path
     bare = Pretrained(path=str(tmp_path / "bare"), dtype="float32")
     with pytest.raises(ValueError, match=r"the tokenizer of .*bare has no chat template"):
         stage(place, target=bare).run(tmp_path / "out")
+
+
+def test_two_ranks_write_the_shards_of_one(place: Path, made: Path, tmp_path: Path, monkeypatch):
+    """Each rank its share; a stage that another number of ranks began is gone on with."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    target = {"path": str(place / "target"), "dtype": "float32"}
+    source = {"files": [str(place / "chat.jsonl")], "prompt": "{question}"}
+    config = {
+        "_target_": "data.generate.Generate",
+        "target": {"_target_": "decoding.pretrained.Pretrained", **target},
+        "prompts": {"_target_": "data.sources.Local", **source},
+        **{"temperatures": [0.0, 0.3, 0.7, 1.0], "limit": PROMPTS, "max_new_tokens": 20},
+        **{"batch_size": 5, "shard_size": PROMPTS // SHARDS},
+    }
+    note = {"name": "generate", "fingerprint": "0", "config": config, "inputs": {}}
+    (tmp_path / "stage.json").write_text(json.dumps(note))
+    (tmp_path / "artifact").mkdir()
+    for file in (made / "artifact").glob("shard-00001.*"):
+        (tmp_path / "artifact" / file.name).write_bytes(file.read_bytes())
+    kept = (tmp_path / "artifact" / "shard-00001.jsonl").stat().st_mtime_ns
+    assert Launch(how="torchrun", ranks=2).run(tmp_path, parallel=True) == 0
+    assert shards(tmp_path) == shards(made)
+    assert (tmp_path / "artifact" / "shard-00001.jsonl").stat().st_mtime_ns == kept
+    data = "artifact/data.json"
+    assert (tmp_path / data).read_text() == (made / data).read_text()
+    assert json.loads((tmp_path / "environment.json").read_text())["ranks"] == 2
