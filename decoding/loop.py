@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from decoding.cache import Cache
-from decoding.round import Draft, Seen
+from decoding.constraint import Constraint, advance, allowed_of, confined
+from decoding.round import Draft, Scored, Seen, Verdict
 from decoding.sampling import Dice, Sampling
 from decoding.target import Target
 from decoding.verify import Rule, default_rule
@@ -83,19 +84,22 @@ def decode(
     end_ids: frozenset[int] | None = None,
     rule: Rule | None = None,
     requests: list[int] | None = None,
+    constraints: list[Constraint | None] | None = None,
 ) -> Decoded:
     """Answers `prompts` together; the ids follow the target's own law whatever the drafter says,
     unless `rule` is lossy. A rule that does not cover a draft's law gives way to that law's
     default.
 
     requests: a number for each prompt that keys its randomness (default: its place in the list),
-    so that an answer does not depend on what else is in the batch.
+    so that an answer does not depend on what else is in the batch. constraints: what each answer
+    must be (None: anything); the target's law is then renormalised over what is allowed.
     """
     _check(target, prompts, max_new_tokens, requests)
     clock = _Clock(target.device)
     ends = target.end_ids if end_ids is None else end_ids
     live = list(range(len(prompts)))
     requests = list(requests) if requests is not None else list(live)
+    sampling = confined(sampling, constraints, requests, ends)
     max_len = max(map(len, prompts)) + max_new_tokens
     done = Decoded([Answer() for _ in prompts])
 
@@ -110,13 +114,14 @@ def decode(
         rows = torch.arange(len(live), device=target.device)
         last = torch.tensor(seen.count, device=target.device) - 1
         scored = target.score(seen.ids_BS[rows, last], draft, cache, taps)
-        judge = rule if rule and draft.law in rule.laws else default_rule(draft.law)
-        verdict = judge(scored, draft, Dice(sampling, requests, seen.length))
+        dice = Dice(sampling, requests, seen.length)
+        verdict = _verify(scored, draft, dice, rule)
         seen = target.keep(draft, scored, verdict, cache)
         done.draft_seconds += drafted - before
         done.verify_seconds += clock.read() - drafted
         done.rounds += 1
         on = _emit(done, live, seen, draft, verdict.path, ends, max_new_tokens)
+        advance(dice, seen, on)
         if done.rounds == 1:
             done.first_seconds, done.first_tokens = clock.read(), done.tokens
         if len(on) < len(live):
@@ -128,6 +133,12 @@ def decode(
                     state.select(on)
     done.seconds = clock.read()
     return done
+
+
+def _verify(scored: Scored, draft: Draft, dice: Dice, rule: Rule | None) -> Verdict:
+    """What stands by `rule`, or, where it does not cover the draft's law, by that law's default."""
+    judge = rule if rule and draft.law in rule.laws else default_rule(draft.law)
+    return judge(allowed_of(scored, draft, dice), draft, dice)
 
 
 def _emit(

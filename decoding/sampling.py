@@ -3,8 +3,10 @@
 Shapes: B batch, N draws, V vocabulary.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,17 +21,34 @@ class Purpose(IntEnum):
     NEXT = 3
 
 
+Path = tuple[int, ...]
+"""Drafted tokens, from a child of the root down to a node; () is the root."""
+
+
+class Matcher(Protocol):
+    """What one request may say, given its committed answer (decoding/constraint.py)."""
+
+    def allowed(self, path: Path) -> Tensor | None:
+        """Boolean over the vocabulary, or its beginning: the tokens that may follow these drafted
+        ones; None where they have ended the answer or are forbidden themselves."""
+
+    def advance(self, ids: Sequence[int]) -> None:
+        """Learns the tokens that were committed. Raises ValueError where they are forbidden."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """The processors applied alike to the target's law p and the drafter's law q.
 
-    temperature 0 is greedy decoding; top_k 0 and top_p 1 switch those filters off.
+    temperature 0 is greedy decoding; top_k 0 and top_p 1 switch those filters off. matchers: by
+    request number, what it may say; their masks come before the other processors.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    matchers: Mapping[int, Matcher] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not (self.temperature == 0 or 0.01 <= self.temperature < float("inf")):
