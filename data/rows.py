@@ -1,11 +1,13 @@
 """The form in which text travels, and templates that bring any record into it."""
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 FIELD = re.compile(r"\{([^{}\n]+)\}")  # {column}; never str.format, which reaches attributes
 ROLES = ("system", "user", "assistant")
+SHOWN = 16  # values of a column that a message lists
 SPEAKERS = {"human": "user", "gpt": "assistant"}  # ShareGPT's names for the two
 
 
@@ -20,6 +22,7 @@ class Row(TypedDict, total=False):
     text: str
     messages: list[Message]
     id: str
+    schema: str  # the JSON schema that an answer must match, as JSON text
 
 
 class Sample(TypedDict):
@@ -39,10 +42,16 @@ class Shape:
     value}), or a list of strings: those are user turns, one message each.
     A null in a column of a template makes the whole text "", which a Gate counts as empty; what
     a template gives is stripped of white space at both ends.
+    schema: the name of a column that holds the JSON schema of the answer; the Row keeps it.
     """
 
     def __init__(
-        self, text: str | None, prompt: str | None, answer: str | None, messages: str | None
+        self,
+        text: str | None,
+        prompt: str | None,
+        answer: str | None,
+        messages: str | None,
+        schema: str | None = None,
     ) -> None:
         given = {"text": text, "prompt": prompt, "messages": messages}
         _one_of({key: value for key, value in given.items() if value is not None})
@@ -55,12 +64,15 @@ class Shape:
                     f"write {{column}}, for example '{{{template.strip() or 'review'}}}'"
                 )
         self.text, self.prompt, self.answer, self.messages = text, prompt, answer, messages
+        self.schema = schema
 
     def __call__(self, record: Mapping[str, Any], where: str) -> Row:
         """The Row; ValueError naming `where` for a missing column or one that is not text."""
         row = self._row(record, where)
         if isinstance(record.get("id"), str | int):
             row["id"] = str(record["id"])
+        if self.schema is not None:
+            row["schema"] = _schema(self.schema, record, where)
         return row
 
     def _row(self, record: Mapping[str, Any], where: str) -> Row:
@@ -76,7 +88,43 @@ class Shape:
 
     def key(self) -> tuple[str | None, ...]:
         """What a fingerprint needs to know of this shape."""
-        return self.text, self.prompt, self.answer, self.messages
+        return self.text, self.prompt, self.answer, self.messages, self.schema
+
+
+class Only:
+    """Which records are taken: those whose columns hold one of the values allowed there.
+
+    allowed: column -> values, such as {category: [qa, rag]}; numbers are compared as text.
+    """
+
+    def __init__(self, allowed: Mapping[str, Sequence[str]]) -> None:
+        for column, values in allowed.items():
+            if isinstance(values, str) or not values:
+                raise ValueError(
+                    f"only.{column} is {values!r}, expected a list of values: write [qa, rag]"
+                )
+        self.allowed = {column: [str(v) for v in values] for column, values in allowed.items()}
+
+    def takes(self, record: Mapping[str, Any], where: str, seen: dict[str, set[str]]) -> bool:
+        """Whether the record is one of them; adds its values to `seen` (column -> values).
+
+        Raises ValueError with the columns that are there when one is missing."""
+        values = {column: str(value_of(record, column, where)) for column in self.allowed}
+        for column, value in values.items():
+            seen.setdefault(column, set()).add(value)
+        return all(value in self.allowed[column] for column, value in values.items())
+
+    def check(self, seen: dict[str, set[str]], name: str) -> None:
+        """Raises ValueError for an allowed value that none of the source's records had."""
+        for column, values in self.allowed.items():
+            missing = [value for value in values if value not in seen.get(column, ())]
+            if missing:
+                there = sorted(seen.get(column, ()))
+                shown = ", ".join(there[:SHOWN]) + (", ..." if len(there) > SHOWN else "")
+                raise ValueError(
+                    f"{name}: no row has {missing[0]!r} in column {column!r}; the values there "
+                    f"are {shown}: name one of them"
+                )
 
 
 def fill(template: str, record: Mapping[str, Any], where: str) -> str:
@@ -148,6 +196,24 @@ def _turn(turn: Any, column: str, where: str) -> Message:
             "expected text: leave such conversations out"
         )
     return {"role": role, "content": _whole(content or "").strip()}
+
+
+def _schema(column: str, record: Mapping[str, Any], where: str) -> str:
+    """The column as JSON text; it may hold that text, or what it stands for."""
+    value = value_of(record, column, where)
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where}: column {column!r} holds broken JSON, {error.msg} at line {error.lineno}: "
+            "correct it, or name another column as schema"
+        ) from None
+    if not isinstance(parsed, Mapping | bool):  # true and false are schemas, too
+        raise ValueError(
+            f"{where}: column {column!r} holds {_kind(value)}, expected a JSON schema: "
+            "name another column as schema"
+        )
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _from_sharegpt(turn: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
+from data import hub
 from data.files import FORMATS, Records, find, read
 from data.lines import CHUNK, check_encoding
-from data.rows import Row, Shape, value_of
+from data.rows import Only, Row, Shape, value_of
 
 
 def prompt_of(row: Row) -> str:
@@ -44,6 +45,7 @@ class Source(ABC):
     name: str  # how messages call it
     language: str | None = None  # ISO 639-1; None: do not check
     licence: str | None = None
+    evaluation: bool = False  # a set to measure on as a whole: no stage trains on it
 
     @abstractmethod
     def rows(self) -> Iterator[Row]:
@@ -57,17 +59,22 @@ class Source(ABC):
         """The sources that its rows come from, each with a language and a licence of its own."""
         return [self]
 
+    def revisions(self) -> dict[str, str]:
+        """Name -> commit of each data set of the Hub that the rows come from, for the record."""
+        return {}
+
 
 @final
 class Local(Source):
     """Files of this machine: names or globs, read in order.
 
-    text | prompt (and answer) | messages: see data.rows.Shape.
+    text | prompt (and answer) | messages, schema: see data.rows.Shape.
+    only: which rows are taken, such as {category: [qa, rag]}.
     columns: the names of the columns of csv and tsv files that have no header.
     format: of files whose extension does not tell (such as news.ko: txt).
     group: consecutive rows of a file with the same value in this column become one text of at
     most CHUNK characters, a row a line (a longer row stays whole); for `text` only.
-    limit: rows that are read at most, counted after grouping.
+    limit: rows that are read at most, counted after `only` and grouping.
     """
 
     def __init__(
@@ -78,6 +85,8 @@ class Local(Source):
         prompt: str | None = None,
         answer: str | None = None,
         messages: str | None = None,
+        schema: str | None = None,
+        only: Mapping[str, Sequence[str]] | None = None,
         columns: Sequence[str] | None = None,
         format: str | None = None,
         group: str | None = None,
@@ -85,8 +94,10 @@ class Local(Source):
         limit: int | None = None,
         language: str | None = None,
         licence: str | None = None,
+        evaluation: bool = False,
     ) -> None:
-        self._shape = Shape(text, prompt, answer, messages)
+        self._shape = Shape(text, prompt, answer, messages, schema)
+        self._only = Only(only or {})
         if group is not None and text is None:
             raise ValueError("group is given without text, expected both: only texts are joined")
         if format is not None and format not in FORMATS:
@@ -95,16 +106,21 @@ class Local(Source):
         self._limit = check_limit(limit)
         self._files, self._columns, self._format = files, columns, format
         self._group, self._encoding = group, encoding
-        self.language, self.licence = language, licence
+        self.language, self.licence, self.evaluation = language, licence, evaluation
         self.name = files if isinstance(files, str) else ", ".join(files)
 
     def rows(self) -> Iterator[Row]:
         return islice(self._all(), self._limit)
 
     def fingerprint(self) -> str:
-        """Of what the files hold and how it is read; their names and dates do not count."""
+        """Of what the files hold and how it is read; their names and dates do not count.
+
+        ValueError, as of `rows`, where the first row is not as described: a plan finds it.
+        """
+        next(self._all(), None)
         columns = None if self._columns is None else list(self._columns)
-        how = (self._shape.key(), columns, self._format, self._group, self._encoding, self._limit)
+        shape = (self._shape.key(), self._only.allowed, self._group)
+        how = (shape, columns, self._format, self._encoding, self._limit)
         digest = hashlib.sha256(repr(how).encode())
         for path in find(self._files):
             digest.update("".join(path.suffixes[-2:]).encode())
@@ -114,19 +130,20 @@ class Local(Source):
         return digest.hexdigest()
 
     def _all(self) -> Iterator[Row]:
+        seen: dict[str, set[str]] = {}
         for path in find(self._files):
-            yield from self._file(path) if self._group is None else self._grouped(path)
+            records = self._records(path, seen)
+            if self._group is None:
+                yield from (self._shape(record, where) for where, record in records)
+            else:
+                yield from self._grouped(records, self._group)
+        self._only.check(seen, self.name)
 
-    def _file(self, path: Path) -> Iterator[Row]:
-        for where, record in self._records(path):
-            yield self._shape(record, f"{path}, {where}")
-
-    def _grouped(self, path: Path) -> Iterator[Row]:
-        assert self._group is not None
+    def _grouped(self, records: Records, group: str) -> Iterator[Row]:
         last, held, size = None, list[str](), 0
-        for where, record in self._records(path):
-            value = value_of(record, self._group, f"{path}, {where}")
-            text = self._shape(record, f"{path}, {where}")["text"]
+        for where, record in records:
+            value = value_of(record, group, where)
+            text = self._shape(record, where)["text"]
             if held and (value != last or size + len(text) > CHUNK):
                 yield {"text": "\n".join(held)}
                 held, size = [], 0
@@ -135,15 +152,23 @@ class Local(Source):
         if held:
             yield {"text": "\n".join(held)}
 
-    def _records(self, path: Path) -> Records:
-        return read(path, columns=self._columns, encoding=self._encoding, format=self._format)
+    def _records(self, path: Path, seen: dict[str, set[str]]) -> Records:
+        """(file and line, record), of the records that `only` takes."""
+        for line, record in read(
+            path, columns=self._columns, encoding=self._encoding, format=self._format
+        ):
+            where = f"{path}, {line}"
+            if self._only.takes(record, where, seen):
+                yield where, record
 
 
 @final
 class Hub(Source):
     """A data set of the Hugging Face Hub, streamed in its own order; no code of it is run.
 
-    text | prompt (and answer) | messages: see data.rows.Shape. name: the configuration.
+    text | prompt (and answer) | messages, schema: see data.rows.Shape; only: see Local.
+    name: the configuration. revision: a commit, so that the rows stay as they are; null or a
+    branch: what it holds when it is read, see `revisions`.
     """
 
     def __init__(
@@ -157,57 +182,50 @@ class Hub(Source):
         prompt: str | None = None,
         answer: str | None = None,
         messages: str | None = None,
+        schema: str | None = None,
+        only: Mapping[str, Sequence[str]] | None = None,
         limit: int | None = None,
         language: str | None = None,
         licence: str | None = None,
+        evaluation: bool = False,
     ) -> None:
-        self._shape = Shape(text, prompt, answer, messages)
+        self._shape = Shape(text, prompt, answer, messages, schema)
+        self._only = Only(only or {})
         self._limit = check_limit(limit)
         self._path, self._config, self._split, self._revision = path, name, split, revision
-        self.language, self.licence = language, licence
+        self._commit: str | None = None
+        self.language, self.licence, self.evaluation = language, licence, evaluation
         self.name = " ".join(part for part in (path, name, split) if part)
 
     def rows(self) -> Iterator[Row]:
         """ValueError for a data set, configuration or split that is not there (as far as the
         Hub says); ConnectionError when the Hub cannot be reached, also half-way."""
-        count = 0
-        for count, record in enumerate(islice(self._records(), self._limit), start=1):
-            yield self._shape(record, f"{self.name}, row {count}")
-        if not count:
-            raise ValueError(f"{self.name} is empty, expected rows: name another split")
+        return islice(self._all(), self._limit)
 
     def fingerprint(self) -> str:
         """Of the names, the revision and the templates: the Hub's content is named by its
         revision, so without one (or with a branch) a changed data set goes unnoticed."""
         named = (self._path, self._config, self._split, self._revision)
-        return hashlib.sha256(repr((named, self._shape.key(), self._limit)).encode()).hexdigest()
+        how = (named, self._shape.key(), self._only.allowed, self._limit)
+        return hashlib.sha256(repr(how).encode()).hexdigest()
 
-    def _records(self) -> Iterator[Mapping[str, Any]]:
-        import datasets
-        import httpx
+    def revisions(self) -> dict[str, str]:
+        """The commit, of 40 hex digits, that the Hub names for this revision; from now on `rows`
+        reads that one. Raises as `rows` does."""
+        self._commit = hub.commit(self._path, self._revision, self.name)
+        return {self.name: self._commit}
 
-        try:
-            yield from datasets.load_dataset(
-                self._path,
-                self._config,
-                split=self._split,
-                revision=self._revision,
-                streaming=True,
-            )
-        except datasets.exceptions.DatasetNotFoundError as error:
-            raise ValueError(
-                f"data set {self.name}: {first_line(error)}: correct path and revision, accept "
-                "its terms on the Hub and log in (hf auth login), or use data.sources.Local"
-            ) from None
-        except (OSError, httpx.HTTPError) as error:
-            raise ConnectionError(
-                f"data set {self.name} cannot be read from the Hub ({first_line(error)}): check "
-                "the network, HF_ENDPOINT and your token, or use data.sources.Local"
-            ) from None
-        except ValueError as error:  # no such configuration or split: datasets lists those it has
-            raise ValueError(
-                f"data set {self.name}: {first_line(error)}: correct name or split"
-            ) from None
+    def _all(self) -> Iterator[Row]:
+        seen: dict[str, set[str]] = {}
+        count, revision = 0, self._commit or self._revision
+        records = hub.stream(self._path, self._config, self._split, revision, self.name)
+        for count, record in enumerate(records, start=1):
+            where = f"{self.name}, row {count}"
+            if self._only.takes(record, where, seen):
+                yield self._shape(record, where)
+        if not count:
+            raise ValueError(f"{self.name} is empty, expected rows: name another split")
+        self._only.check(seen, self.name)
 
 
 @final
@@ -228,12 +246,16 @@ class Mix(Source):
         self.language = languages.pop() if len(languages) == 1 else None
         licences = dict.fromkeys(part.licence for part in self._parts.values() if part.licence)
         self.licence = ", ".join(licences) or None
+        self.evaluation = all(part.evaluation for part in self._parts.values())
 
     def rows(self) -> Iterator[Row]:
         return by_turns(part.rows() for part in self.parts())
 
     def parts(self) -> list[Source]:
         return [leaf for part in self._parts.values() for leaf in part.parts()]
+
+    def revisions(self) -> dict[str, str]:
+        return {name: sha for part in self.parts() for name, sha in part.revisions().items()}
 
     def fingerprint(self) -> str:
         named = [(name, part.fingerprint()) for name, part in self._parts.items()]
@@ -257,8 +279,3 @@ def check_limit(limit: int | None) -> int | None:
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}, expected 1 or more rows: set it, or null for all")
     return limit
-
-
-def first_line(error: Exception) -> str:
-    """What the error says first, without its full stop; its type if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
