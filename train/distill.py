@@ -37,6 +37,11 @@ class Distill:
 
     The target is loaded only if the objective reads its law. `init` names a folder that a
     distill stage wrote, to start from; a stage that provides `drafter` does the same.
+
+    With a target loaded and answers of its own to train on, each validation (after every
+    `validate_every` steps; null: eight times a run) also decodes held-out prompts: the drafter that
+    is saved is the one that decoded best, and training ends with exit code 3 when decoding and the
+    training pass disagree on what it guesses.
     """
 
     free = frozenset({"tracker"})
@@ -52,10 +57,16 @@ class Distill:
         data: Source | None = None,
         init: str | None = None,
         tracker: Jsonl | None = None,
+        validate_every: int | None = None,
     ) -> None:
+        if validate_every is not None and validate_every < 1:
+            raise ValueError(
+                f"validate_every is {validate_every}; it must be a number of steps from 1, or null"
+            )
         self.target, self.drafter, self.objective = target, drafter, objective
         self.schedule, self.optim = schedule, optim
         self.data, self.init, self.tracker = data, init, tracker
+        self.validate_every = validate_every
 
     def check(self, needs: Collection[str]) -> None:
         """Refuses, before anything starts, what cannot work with these needs."""
@@ -115,12 +126,13 @@ class Distill:
 
         tracker = Tracker(out, rank, self.tracker)
         look = Decoded(frozen, out / "packed" / "prompts.json") if frozen else None
-        metrics = Loop(self.schedule, self.optim, out, tracker).run(module, step, look)
+        loop = Loop(self.schedule, self.optim, out, tracker)
+        metrics = loop.run(module, step, look, self.validate_every)
         if rank == 0:
-            if tau := metrics.get("validation_tau"):
+            if "artifact_step" in metrics:
                 gain = last_quarter(out / "metrics.jsonl", self.schedule.steps)
                 metrics |= {} if gain is None else {"last_quarter_gain": gain}
-                print(told(tau, gain), flush=True)
+                print(told(metrics, gain), flush=True)
             save(module, out / "artifact", self.drafter.arguments)
             tokenizer.save_pretrained(out / "artifact")
         barrier()

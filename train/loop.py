@@ -5,6 +5,7 @@ Shapes: B batch, T tokens.
 
 import math
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from data.pack import Packed
 from drafters.base import Batch, Metrics
+from eval.controls import Failed
 from train import checkpoint
 from train.engine import Engine, barrier, join, sum_over_ranks
 from train.schedule import AdamW, Schedule
@@ -33,7 +35,9 @@ class Preempted(Exception):
 
 
 Step = Callable[[Any, Batch], tuple[Tensor, Metrics]]
-Look = Callable[[Any], dict[str, float]]
+Look = Callable[[Any], tuple[dict[str, float], str | None]]
+"""What a validation wants to know of a module besides, and what must end its training (None:
+nothing). Whoever gives a `validation_tau` chooses by it which step is saved."""
 
 
 class Loop:
@@ -45,6 +49,7 @@ class Loop:
         self.train = Packed(out / "packed" / "train")
         held = out / "packed" / "validation"
         self.validation = Packed(held) if held.is_dir() else None
+        self.validating = 0.0  # seconds
         self.told_to_stop = False
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._tell)
@@ -56,26 +61,24 @@ class Loop:
             raise KeyboardInterrupt
         self.told_to_stop = True
 
-    def run(self, module: nn.Module, step_fn: Step, look: Look | None = None) -> dict[str, float]:
-        """Trains `module`; step_fn(engine, batch) gives the summed loss and metrics, look(module)
-        what a validation wants to know besides."""
+    def run(
+        self, module: nn.Module, step_fn: Step, look: Look | None = None, every: int | None = None
+    ) -> dict[str, float]:
+        """Trains `module`, and leaves it as it validated best (by `look`; else as it was last);
+        step_fn(engine, batch) gives the summed loss and metrics. Validates after each `every`
+        steps (None: eight times a run) and after the last. Raises Failed, after saving, when
+        `look` finds that training must end."""
         plan = self.schedule
         micro = plan.micro(self.world)
-        engine = Engine(
-            module,
-            dtype=plan.dtype,
-            zero_stage=plan.zero_stage,
-            micro_batch=micro,
-            accumulation=plan.rows // (micro * self.world),
-            clip=self.optim.clip,
-            betas=self.optim.betas,
-            weight_decay=self.optim.weight_decay,
-        )
+        engine = self._engine(module, micro)
         first = self._resume(engine)
-        every = max(1, plan.steps // CHECKPOINTS)
-        report = max(1, plan.steps // REPORTS)
+        best = Best(self.out / "best", self.rank)
+        save = max(1, plan.steps // CHECKPOINTS)
+        every = every or max(1, plan.steps // REPORTS)
         seconds = 0.0  # in steps alone
-        found = self._validate(engine, step_fn, look, first) if first == plan.steps else {}
+        found, fault = dict[str, float](), None
+        if first == plan.steps:
+            found, fault = self._validate(engine, step_fn, look, best, first)
         with self._bar(first) as bar:
             for step in range(first, plan.steps):
                 begin = time.perf_counter()
@@ -85,21 +88,40 @@ class Loop:
                 bar.set_postfix({k: f"{v:.3f}" for k, v in measured.items() if k in SHOWN})
                 self.tracker.log(step + 1, **{k: v for k, v in measured.items() if k != "stop"})
                 last = step + 1 == plan.steps
-                if last or (step + 1) % report == 0:
-                    found = self._validate(engine, step_fn, look, step + 1)
+                if last or (step + 1) % every == 0:
+                    found, fault = self._validate(engine, step_fn, look, best, step + 1)
                 stop = measured.pop("stop") > 0
-                if last or stop or (step + 1) % every == 0:
+                if last or stop or fault or (step + 1) % save == 0:
                     self._save(engine, step + 1)
+                if fault:
+                    break
                 if stop and not last:
                     raise Preempted(
                         f"stopped and saved after step {step + 1} of {plan.steps}; the same "
                         "command goes on from there"
                     )
+        if fault:
+            raise Failed(fault)
         engine.finish()
         self.tracker.close()
         done = (plan.steps - first) * plan.batch_tokens
         speed = {"tokens_per_second": done / seconds} if done else {}
-        return {"steps": plan.steps, **speed, "peak_memory_mib": peak_memory(), **found}
+        speed["validation_share"] = self.validating / max(1e-9, self.validating + seconds)
+        speed["peak_memory_mib"] = peak_memory()
+        return {"steps": plan.steps, **speed, **found, **best.give(engine)}
+
+    def _engine(self, module: nn.Module, micro: int) -> Engine:
+        plan = self.schedule
+        return Engine(
+            module,
+            dtype=plan.dtype,
+            zero_stage=plan.zero_stage,
+            micro_batch=micro,
+            accumulation=plan.rows // (micro * self.world),
+            clip=self.optim.clip,
+            betas=self.optim.betas,
+            weight_decay=self.optim.weight_decay,
+        )
 
     def _step(self, engine: Engine, step_fn: Step, step: int, micro: int) -> dict[str, float]:
         """One optimiser step. The loss is the mean over the supervised tokens of all ranks."""
@@ -144,19 +166,25 @@ class Loop:
 
     @torch.no_grad()
     def _validate(
-        self, engine: Engine, step_fn: Step, look: Look | None, step: int
-    ) -> dict[str, float]:
+        self, engine: Engine, step_fn: Step, look: Look | None, best: "Best", step: int
+    ) -> tuple[dict[str, float], str | None]:
         if self.validation is None:
-            return {}
+            return {}, None
+        begin = time.perf_counter()
         sums: dict[str, float] = {}
         engine.module.eval()
         for row in range(len(self.validation)):
             loss, metrics = step_fn(engine.module, _to_device(self.validation.batch([row]), engine))
             _add(sums, {"loss": loss.detach(), **metrics})
         found = {f"validation_{k}": v for k, v in _means(sums).items()}
-        found |= look(engine.module) if look else {}
-        self.tracker.log(step, **found)
-        return found
+        seen, fault = look(engine.module) if look else ({}, None)
+        found |= seen
+        if "validation_tau" in found and not fault:
+            best.offer(engine, step, found["validation_tau"])
+        spent = time.perf_counter() - begin
+        self.validating += spent
+        self.tracker.log(step, **found, validation_seconds=spent)
+        return found, f"step {step}: {fault}" if fault else None
 
     def _save(self, engine: Engine, step: int) -> None:
         state = engine.state()
@@ -188,6 +216,48 @@ class Loop:
             desc="train",
             disable=self.rank != 0,
         )
+
+
+class Best:
+    """The weights that decoded best so far, one copy, written and verified as checkpoints are.
+
+    It may be of a later step than the checkpoint that a crashed run goes on from: it was measured,
+    and the steps up to it are trained and measured again.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.folder, self.rank = folder, rank
+        self.step, self.tau = 0, 0.0
+        found = checkpoint.newest(folder)
+        if found is not None:
+            self.step, self.tau = int(found[1]["step"]), float(found[1]["tau"])
+
+    def offer(self, engine: Engine, step: int, tau: float) -> None:
+        """Keeps the weights of this step if none decoded better: of equals the one trained longer.
+        Every rank must call it with the same tau."""
+        if tau < self.tau:
+            return
+        self.step, self.tau = step, tau
+        state = engine.state()
+        if self.rank == 0:
+            weights = {name: state[name] for name, _ in engine.trained}
+            made = checkpoint.save(self.folder, step, weights, {"tau": tau})
+            for other in self.folder.iterdir():
+                if other != made:
+                    shutil.rmtree(other, ignore_errors=True)
+        barrier()
+
+    def give(self, engine: Engine) -> dict[str, float]:
+        """Puts them into a finished engine's module; their step and tau, {} if there are none."""
+        if not self.step:
+            return {}
+        found = checkpoint.newest(self.folder)
+        if found is None:
+            print(f"the copy in {self.folder} is damaged: the last step is saved", flush=True)
+            return {}
+        for name, parameter in engine.trained:
+            parameter.data = found[0][name].to(parameter.device)
+        return {"artifact_step": found[1]["step"], "artifact_tau": found[1]["tau"]}
 
 
 def peak_memory() -> float:
