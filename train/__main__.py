@@ -3,6 +3,7 @@
 import difflib
 import re
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import hydra
@@ -23,6 +24,7 @@ draftsmith makes draft models for speculative decoding, and measures what they s
   python -m train recipe=NAME [key=value ...]     run a recipe; run again to go on where it stopped
   python -m train recipe=NAME plan=true           show stages, sizes and costs; start nothing
   python -m train recipe=NAME view=true           show examples with the supervised tokens in colour
+  python -m train recipe=NAME advise=true         time drafters: which would pay; train nothing
   python -m train --multirun recipe=NAME stages.finetune.optim.lr=1e-4,3e-4     sweep
   python -m train recipe=NAME --cfg job           print the whole configuration
 
@@ -136,9 +138,7 @@ def _recipes() -> str:
 
 
 def _task(config: DictConfig) -> float | None:
-    """Runs one composed recipe; returns the headline speedup for sweepers."""
-    from train.run import run_recipe
-
+    """Runs one composed recipe, or advises on it; returns the headline speedup for sweepers."""
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -147,18 +147,30 @@ def _task(config: DictConfig) -> float | None:
     settings = {str(key): value for key, value in plain.items()}
     from hydra.core.hydra_config import HydraConfig
 
+    run = _runner(settings)
     here = HydraConfig.get()
     name = str(here.runtime.choices["recipe"])
     if here.mode is not None and here.mode.name == "MULTIRUN":
         words = [word for word in here.overrides.task if not word.startswith("recipe=")]
         print(f"\n=== run {here.job.num} of the sweep: {name} {' '.join(words)}", flush=True)
-        code, value = run_recipe(f"{name}-{here.job.num}", settings)
+        code, value = run(f"{name}-{here.job.num}", settings)
         SWEPT.append((code, value, " ".join(words)))
         return value
-    code, value = run_recipe(name, settings)
+    code, value = run(name, settings)
     if code:
         sys.exit(code)
     return value
+
+
+def _runner(settings: dict[str, Any]) -> Callable[[str, dict[str, Any]], tuple[int, float | None]]:
+    """What the switches ask for: one recipe's name and settings -> exit code and speedup."""
+    if settings["advise"]:
+        from train.advise import run_advice
+
+        return run_advice
+    from train.run import run_recipe
+
+    return run_recipe
 
 
 def _conclude() -> int:

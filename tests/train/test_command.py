@@ -1,14 +1,22 @@
 """`python -m train`: what it says, how fast it says it, and what it leaves behind (nothing)."""
 
+import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.builtin import Builtin
+from decoding.target import Shape
+from eval import cost, rounds
+from tests.toys import tiny_model
 from tests.train.composing import ROOT, command, compose
+from train.__main__ import main
+from train.advise import run_advice
+from train.candidates import blueprints_of
 from train.run import run_recipe
 
 PROMPTLY = 4.0  # seconds; two are promised, and the machine may be busy
@@ -177,3 +185,116 @@ def test_the_configuration_can_be_printed():
     done = command("recipe=quickstart", "--cfg", "job")
     assert done.returncode == 0, done.stderr
     assert "_target_: train.distill.Distill" in done.stdout
+
+
+@pytest.fixture
+def advising(tmp_path: Path, monkeypatch) -> list[str]:
+    """The words of a command that advises on a tiny target, with as few turns as there can be."""
+    monkeypatch.setattr(Builtin, "fingerprint", lambda self: "0")
+    monkeypatch.setattr(rounds, "TURNS", (1, 1))
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model(vocab=300, width=128, layers=6, heads=2, max_positions=256, spread=0.02)
+    model.to(torch.float32).save_pretrained("target")
+    place = [f"target.path={tmp_path / 'target'}", f"output_dir={tmp_path / 'out'}"]
+    return ["recipe=quickstart", "advise=true", *place]
+
+
+def test_advice_is_measured_once_and_starts_nothing(advising, tmp_path: Path, capsys, monkeypatch):
+    """Through the command: the table, the verdict, one file of costs a dtype, and no stage."""
+    monkeypatch.setattr(sys, "argv", ["train", *advising])
+    main()
+    shown = capsys.readouterr().out
+    for said in (
+        "What a call of the target costs, by the tokens that it verifies:",
+        "a drafter that costs nothing",
+        "lm 1x256",  # more than half of the target, but the recipe's own
+        "by batch, at acceptance 0.60:",
+        "Left out (more than half of the target's parameters): lm 1x512, ",
+        "Left out (the target has 6 layers, and the taps 2, n // 2 and n - 3 are distinct",
+        "- Of the draft heads ",
+        "Depth against width:",
+    ):
+        assert said in shown
+    (mine,) = [x for x in shown.splitlines() if x.endswith("<- the recipe's")]
+    assert mine.split()[:2] == ["lm", "1x256"]
+    for family in ("medusa ", "medusa2 ", "clover ", "eagle "):
+        assert f"\n  {family}" in shown
+    made = sorted(p.name.split("-")[0] for p in (tmp_path / "out").rglob("*") if p.is_file())
+    assert made == ["advice", "costs", "costs"]
+    advice = json.loads(next((tmp_path / "out" / "costs").glob("advice-quickstart-*")).read_text())
+    assert advice["verify_ms"].keys() == {str(m) for m in cost.SIZES}
+
+    def refused(*_: object) -> None:
+        raise AssertionError("it was measured before")
+
+    monkeypatch.setattr(cost, "in_turn", refused)
+    main()
+    assert capsys.readouterr().out == shown
+
+
+def test_advice_knows_what_bench_measured(advising, tmp_path: Path, capsys):
+    """Of this target; a report on another one, or one whose controls failed, says nothing."""
+    artifact = tmp_path / "bench" / "artifact"
+    artifact.mkdir(parents=True)
+    cell = {"arm": "drafter", "batch": 1, "temperature": 0.0, "n": 3, "tau": {"value": 1.9}}
+    cell |= {"acceptance": [{"reached": 50, "accepted": 31}], "speedup": {"value": 1.3}}
+    said = {"target": "target", "drafter": "lm", "parameters_drafter": 880_384}
+    report = {"passed": True, "table": [cell], "conditions": said | {"draft_shape": "chain of 3"}}
+    (tmp_path / "out").mkdir()
+    folders = {"finetune": str(tmp_path), "bench": str(tmp_path / "bench")}
+    (tmp_path / "out" / "quickstart.json").write_text(json.dumps(folders))
+
+    def advice(**changes: object) -> str:
+        (artifact / "report.json").write_text(json.dumps(report | changes))
+        assert run_advice("quickstart", compose(*advising)) == (0, None)
+        return capsys.readouterr().out
+
+    shown = advice()
+    assert "- Your drafter (lm, 880,384 parameters, chain of 3) accepted 0.62 of the to" in shown
+    (mine,) = [x for x in shown.splitlines() if x.endswith("<- the recipe's, measured")]
+    assert mine.split()[1] == "1x256"
+    assert "by batch, at acceptance 0.62:" in shown
+    assert "No drafter of this recipe was measured yet" in advice(passed=False)
+    other = report["conditions"] | {"target": "another"}
+    assert "No drafter of this recipe was measured yet" in advice(conditions=other)
+
+
+OWN = {
+    "medusa2": ("medusa2", {"target_lora": {"rank": 32, "alpha": 16}}),
+    "lm_2x1024": ("lm 2x1024", {"layers": 2, "width": 1024}),
+    "lm": ("lm 1x384", {"layers": 1, "width": None}),
+    "medusa drafter.heads=2": ("medusa, as configured", {"heads": 2}),
+    "ngram": ("", None),
+}
+
+
+@pytest.mark.parametrize("words", OWN)
+def test_the_recipes_own_drafter_is_among_those_that_are_compared(words: str):
+    """Under one name, beside all families of heads and small models of its size."""
+    shape = Shape(4096, 384, 8, 6, 6, 1024, 512)
+    config = compose("recipe=quickstart", *f"drafter={words}".split())
+    name, found = blueprints_of(config, [], shape)
+    due, arguments = OWN[words]
+    assert name == due
+    assert {"clover", "clover2", "eagle", "eagle3", "hydra_heads", "medusa", "medusa2"} <= set(
+        found
+    )
+    assert arguments is None or arguments.items() <= found[name].arguments.items()
+    if words == "lm":  # 3.3 M; two layers of 320 have 3.9, of 256 2.7
+        assert {"lm 1x384", "lm 2x320", "lm 4x192", "lm 4x768"} <= set(found)
+
+
+NO_ADVICE = {
+    "untrained": ([], "the recipe's target is not trained yet, so nothing can be measured: run"),
+    "remote": (["target.path=nobody/nothing"], "nobody/nothing is not on this machine, and advice"),
+}
+
+
+@pytest.mark.parametrize("what", NO_ADVICE)
+def test_advice_needs_a_target_at_hand(what: str, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(Builtin, "fingerprint", lambda self: "0")
+    words, said = NO_ADVICE[what]
+    config = compose("recipe=quickstart", "advise=true", f"output_dir={tmp_path / 'out'}", *words)
+    assert run_advice("quickstart", config) == (2, None)
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
