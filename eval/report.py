@@ -1,4 +1,7 @@
-"""The report on a drafter: what bench measured, in JSON, in Markdown and in a picture."""
+"""The report on a drafter: what bench measured, as JSON, Markdown, a web page and a picture.
+
+docs/report.md describes report.json and runs.jsonl key by key.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +12,42 @@ from pathlib import Path
 from typing import Any
 
 from eval.bootstrap import Estimate, share
-from eval.markdown import interval, number, render, sentence, times
+from eval.markdown import interval, number, render, times
+from eval.sections import opening, sections, sentence, title, wrong_answers
+from eval.slices import DRAFTER, break_even, by_language, by_length, by_task, pick
 from eval.statistics import BASELINE, Run, measure, paired_speedup
 
-DRAFTER = "drafter"
+SCHEMA = 2
+MARGIN = 0.10  # a prediction this far from the measurement has to be explained
 DEFINITIONS = {
     "speedup": "(sum of seconds / sum of tokens of autoregressive decoding) / (the same of the "
     "arm), over the same prompts, prefill included. At temperature 0 with identical answers this "
     "is the ratio of total times. Above 1: faster.",
-    "decode only": "the same ratio without the seconds and tokens up to the end of the first "
-    "round, that is without prefill.",
-    "predicted": "the speedup that the draft and verify seconds alone would give: their sum per "
-    "token, autoregressive over arm. Far from decode only: time goes somewhere else.",
+    "per prompt": "macro mean: each prompt's own speedup, averaged, so that long answers weigh no "
+    "more than short ones.",
+    "decode only": "the speedup without the seconds and tokens up to the end of the first round, "
+    "that is without prefill.",
+    "busy": "the speedup that the draft and verify seconds of these runs alone would give. Far "
+    "from decode only: time goes somewhere else.",
+    "predicted": "the speedup that the cost model gives for the measured tau from the costs of a "
+    "pass, a draft and a round, each measured alone. More than 10 % from the measured speedup: "
+    "the page says where the time went.",
     "tau": "tokens per target call: generated tokens / calls in which the row was alive. Includes "
-    "the target's own token, so autoregressive decoding has 1.",
+    "the target's own token, so autoregressive decoding has 1. p10, p50, p90: over prompts.",
     "accepted per round": "accepted draft tokens / rounds. About tau - 1; more where an answer "
     "ended inside an accepted draft.",
+    "alpha": "mean of sum min(p, q) over the positions of answers that the target drew itself; "
+    "unlike acceptance in the loop it sees the hard positions as often as they occur.",
     "acceptance by position": "conditional: of the rounds that drafted position k and accepted "
     "all before it, the share that accepted k. Survival (unconditional): of the rounds that "
     "drafted position k, the share that accepted it; a tree drafts the positions of its longest "
     "path, and accepts one if any of its nodes there stands. Shorter drafts are in neither "
     "denominator; rounds are pooled, intervals are over prompts.",
-    "draft, verify": "milliseconds for each round in the drafter and in the target's call; per "
-    "drafted token: draft milliseconds / positions drafted (a tree's levels). Plain: the "
-    "target's call of autoregressive decoding.",
+    "break-even": "the batch size at which the speedup first falls through 1; between two measured "
+    "sizes the logarithm of the speedup is taken as linear in the logarithm of the size.",
+    "draft, verify, other": "milliseconds for each round in the drafter, in the target's call and "
+    "elsewhere (prefill, bookkeeping); per drafted token: draft milliseconds / positions drafted "
+    "(a tree's levels). Plain: the target's call of autoregressive decoding.",
     "TTFT": "milliseconds until the first round's tokens are there: prefill of target and "
     "drafter, and one round. Mean over runs.",
     "TPOT": "milliseconds from a request's token to its next, first round excluded, at batch > 1 "
@@ -43,6 +58,9 @@ DEFINITIONS = {
     "interval": "95 %, percentile bootstrap over prompts with 10,000 resamples, both arms of a "
     "prompt drawn together; shares of prompts: Wilson. A verdict needs the whole interval. With "
     "fewer than about 20 prompts such intervals are too narrow.",
+    "near tie": "greedy answers part where the target's two best tokens in fp32 are closer than "
+    "passes of one and of several tokens differ in the dtype that was measured: either is right. "
+    "Any other difference is wrong.",
     "repetitive": "an answer of any arm fell into repetition, at this temperature and batch. "
     "Such text is easy to draft, so these prompts are kept out of the headline.",
     "tokens": "generated ids, up to and including the first end token, counted alike in all arms.",
@@ -50,69 +68,72 @@ DEFINITIONS = {
 
 
 def summarise(runs: list[Run], conditions: dict, controls: dict) -> dict[str, Any]:
-    """The report, JSON-able. An Estimate is {value, low, high, n}, as in eval/bootstrap.py.
+    """The report, JSON-able: its keys are those of docs/report.md, which says what each means.
 
-    passed            whether controls were run and all passed; else no number can be trusted
-    headline          one entry a temperature, lowest first, batch 1, arm "drafter": {temperature,
-                      speedup, decode_speedup, tau: Estimates, n, verdict, against: {arm: speedup
-                      of the drafter over that arm, Estimate}}
-    table             one entry a temperature, batch and arm: `eval.statistics.measure`
-    table_repetitive  the same over the repetitive groups, which headline and table leave out
-    repetition        one entry a temperature and batch: {temperature, batch, groups, repetitive,
-                      share: Estimate}
-    by_task           as headline with `task` and without `against`; [] when there is one task
-    definitions       {name: what it means}
-    conditions, controls    as given
-
-    A group is repetitive, at a temperature and batch, if any arm's run of it is.
+    A group is repetitive, at a temperature and batch, if any arm's run of it is; only
+    `table_repetitive` and `repetition` see such groups. Temperatures stand in rising order, the
+    baseline's cell before the drafter's, other arms behind it.
     """
     odd = {_place(run) for run in runs if run["repetitive"]}
     clean = [run for run in runs if _place(run) not in odd]
     repetitive = [run for run in runs if _place(run) in odd]
     table = _table(clean, _cells(runs))
     return {
+        "schema": SCHEMA,
         "passed": bool(controls) and all(control["passed"] for control in controls.values()),
         "headline": _headline(table, clean),
         "table": table,
-        "table_repetitive": _table(repetitive, _cells(repetitive)),
+        "break_even": break_even(clean),
+        "by_task": by_task(clean),
+        "by_language": by_language(clean),
+        "by_length": by_length(clean),
+        "predicted": _predicted(table, conditions.get("predicted", [])),
         "repetition": _repetition(runs),
-        "by_task": _by_task(clean),
+        "table_repetitive": _table(repetitive, _cells(repetitive)),
         **{"definitions": DEFINITIONS, "conditions": conditions, "controls": controls},
     }
 
 
 def headline_lines(report: dict[str, Any]) -> list[str]:
-    """Three to five short lines for the terminal: speed, batch sizes, repetition, controls."""
+    """A few short lines for the terminal: speed, batch sizes, repetition, agreement, controls."""
     first, *others = report["headline"] or [None]
     lines = [sentence(first) if first else "The drafter was not measured at batch 1."]
     if others:
         lines.append("; ".join(_brief(entry) for entry in others))
     larger = [row for row in report["table"] if row["arm"] == DRAFTER and row["batch"] > 1]
     if larger:
-        lines.append(_batches(larger))
+        lines.append(_batches(larger, report["break_even"]))
     apart = [entry for entry in report["repetition"] if entry["batch"] == 1]
     if apart:
         parts = [f"{e['repetitive']} of {e['groups']} at T={e['temperature']:g}" for e in apart]
         lines.append(f"Prompts with repetitive answers, kept apart: {', '.join(parts)}.")
     if change := report["conditions"].get("target_change"):
         lines.append(f"Mind: {change['said']}.")
+    if wrong := wrong_answers(report):
+        lines.append(wrong)
     vouched = _controls_line(report["controls"])
     return [*lines, vouched] if report["passed"] else [vouched, *lines]
 
 
 def write_report(folder: Path, report: dict[str, Any], runs: list[Run]) -> None:
-    """Writes runs.jsonl, report.png, report.md and, last, report.json into `folder`.
+    """Writes runs.jsonl, report.png, report.md, report.html and, last, report.json into `folder`.
 
     Each file appears whole or not at all, and report.json only beside the others. Raises OSError
     when the folder cannot be written.
     """
-    from eval.picture import draw  # matplotlib takes a second to import
+    from eval.page import page  # matplotlib takes a second to import
+    from eval.picture import draw
 
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(run, ensure_ascii=False) + "\n" for run in runs)
     _replace(folder / "runs.jsonl", lambda path: _text(path, lines))
     _replace(folder / "report.png", lambda path: draw(report, path))
-    _replace(folder / "report.md", lambda path: _text(path, render(report)))
+    parts, heading, first = sections(report), title(report), opening(report)
+    defined = report["definitions"]
+    markdown = render(heading, first, parts, defined, picture="report.png")
+    _replace(folder / "report.md", lambda path: _text(path, markdown))
+    html = page(report, heading, first, parts)
+    _replace(folder / "report.html", lambda path: _text(path, html))
     whole = json.dumps(report, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     _replace(folder / "report.json", lambda path: _text(path, whole))
 
@@ -151,12 +172,7 @@ def _table(runs: list[Run], cells: list[tuple[float, int, str]]) -> list[dict[st
 
 def _headline(table: list[dict[str, Any]], clean: list[Run]) -> list[dict[str, Any]]:
     rows = [row for row in table if row["batch"] == 1 and row["arm"] == DRAFTER]
-    return [_pick(row) | {"against": _against(row, table, clean)} for row in rows]
-
-
-def _pick(row: dict[str, Any]) -> dict[str, Any]:
-    names = ("temperature", "speedup", "decode_speedup", "tau", "n", "verdict")
-    return {name: row[name] for name in names}
+    return [pick(row) | {"against": _against(row, table, clean)} for row in rows]
 
 
 def _against(
@@ -184,15 +200,17 @@ def _repetition(runs: list[Run]) -> list[dict[str, Any]]:
     return entries
 
 
-def _by_task(clean: list[Run]) -> list[dict[str, Any]]:
-    tasks = sorted({run["task"] for run in clean if run["batch"] == 1})
-    if len(tasks) < 2:
-        return []
+def _predicted(table: list[dict[str, Any]], given: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each prediction of the cost model beside its cell, where one was measured."""
     found = []
-    for task in tasks:
-        runs = [run for run in clean if run["task"] == task and run["batch"] == 1]
-        cells = [cell for cell in _cells(runs) if cell[2] == DRAFTER]
-        found += [{"task": task} | _pick(row) for row in _table(runs, cells)]
+    for entry in given:
+        place = {key: entry[key] for key in ("arm", "temperature", "batch")}
+        cell = next((row for row in table if place.items() <= row.items()), None)
+        if cell is None or cell["speedup"] is None or cell["speedup"]["value"] is None:
+            continue
+        error = entry["speedup"] / cell["speedup"]["value"] - 1
+        beside = {"predicted": entry["speedup"], "measured": cell["speedup"]}
+        found.append(place | beside | {"error": error, "within": abs(error) <= MARGIN})
     return found
 
 
@@ -201,14 +219,15 @@ def _brief(entry: dict[str, Any]) -> str:
     return f"T={entry['temperature']:g}: {speedup}, tau {tau}, n={entry['n']}: {entry['verdict']}"
 
 
-def _batches(rows: list[dict[str, Any]]) -> str:
+def _batches(rows: list[dict[str, Any]], crossings: list[dict[str, Any]]) -> str:
     lowest = min(row["temperature"] for row in rows)
     parts = [
         f"{row['batch']}: {interval(row['speedup'], times)}, n={row['n']}"
         for row in rows
         if row["temperature"] == lowest
     ]
-    return f"By batch size at T={lowest:g}: {'; '.join(parts)}."
+    said = [entry["said"] for entry in crossings if entry["temperature"] == lowest]
+    return f"By batch size at T={lowest:g}: {'; '.join([*parts, *said])}."
 
 
 def _controls_line(controls: dict[str, dict[str, Any]]) -> str:

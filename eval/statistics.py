@@ -65,8 +65,24 @@ def paired_speedup(
             f"No prompt was decoded by both {arm!r} and {baseline!r} at temperature "
             f"{temperature:g}, batch {batch}. There are runs of (arm, temperature, batch): {there}."
         )
-    columns = _totals(mine) | _plain(_totals(theirs))
-    return estimates(_speedup(resample(columns, resamples, seed)), len(mine))[0]
+    return estimates(_draws(mine, theirs, resamples, seed), len(mine))[0]
+
+
+def speedup_draws(
+    runs: list[Run],
+    arm: str,
+    *,
+    temperature: float,
+    batch: int,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Array:
+    """The speedup over the baseline, (1 + R, 1): the data's first, then the resamples'.
+
+    NaN where nothing was measured; the first row alone where one group was.
+    """
+    mine, theirs, _ = _pair(runs, arm, BASELINE, temperature, batch)
+    return _draws(mine, theirs, resamples, seed)
 
 
 def measure(
@@ -81,31 +97,34 @@ def measure(
 ) -> dict[str, Any]:
     """Everything that the report says about one arm at one temperature and batch, JSON-able.
 
-    Estimates (see Estimate): speedup and decode_speedup (without the time and tokens up to the
-    first round) against the baseline, both None for the baseline itself; tokens_per_second; tau;
-    accepted_per_round; draft_ms_per_round, verify_ms_per_round, draft_ms_per_token (milliseconds);
-    plain_ms_per_round, the baseline's verification; predicted_speedup, what these costs alone
-    would give; ttft_ms; tpot_ms_p50 and tpot_ms_p95. Counts: n (groups), unpaired (groups left
-    out, since the baseline did not decode them), runs, tokens, row_rounds, drafted, accepted.
-    `acceptance` as in `acceptance_by_position`; `verdict` in words, None for the baseline.
+    Estimates (see Estimate): speedup, macro_speedup (the mean of the groups' own speedups),
+    decode_speedup (without the time and tokens up to the first round) and busy_speedup (what the
+    draft and verify seconds alone would give), all four None for the baseline itself;
+    tokens_per_second; tau and its quantiles over groups tau_p10, tau_p50, tau_p90;
+    accepted_per_round; draft_ms_per_round, verify_ms_per_round, other_ms_per_round,
+    draft_ms_per_token (milliseconds); plain_ms_per_round, the baseline's verification; ttft_ms;
+    tpot_ms_p50 and tpot_ms_p95. Counts: n (groups), unpaired (groups left out, since the baseline
+    did not decode them), runs, tokens, row_rounds, drafted, accepted. `acceptance` as in
+    `acceptance_by_position`; `verdict` in words, None for the baseline.
 
     Without a single group, the values are None and the counts 0: a report must survive that.
     """
     mine, theirs, unpaired = _pair(runs, arm, baseline, temperature, batch)
-    columns = _totals(mine) | _plain(_totals(theirs)) | _positions(mine)
+    columns = totals(mine) | _plain(totals(theirs)) | _positions(mine)
+    columns |= _each(columns)
     sums = resample(columns, resamples, seed)
     found: dict[str, Any] = {
         name: estimates(ratio, len(mine))[0] for name, ratio in _ratios(sums).items()
     }
     if arm == baseline:
-        found |= {"speedup": None, "decode_speedup": None, "predicted_speedup": None}
+        found |= dict.fromkeys(name for name in found if name.endswith("speedup"))
     return {
         **{"arm": arm, "temperature": temperature, "batch": batch},
         **{"n": len(mine), "unpaired": unpaired},
         **{name: int(sums[name][0, 0]) for name in ("runs", "tokens", "row_rounds")},
         **{name: int(sums[f"{name}_tokens"][0, 0]) for name in ("drafted", "accepted")},
         **found,
-        **_time_per_token(columns, resamples, seed),
+        **_quantiles(columns, resamples, seed),
         "acceptance": _acceptance(columns, sums),
         "verdict": None if arm == baseline else verdict(found["speedup"]),
     }
@@ -124,13 +143,13 @@ def acceptance_by_position(
     pooled over rounds: the product of per-position means over prompts is another number, and not
     the acceptance.
     """
-    groups = _by_group(runs)
+    groups = by_group(runs)
     members = [groups[group] for group in sorted(groups)]
     columns = _positions(members)
     return _acceptance(columns, resample(columns, resamples, seed))
 
 
-def _by_group(runs: Iterable[Run]) -> dict[int, list[Run]]:
+def by_group(runs: Iterable[Run]) -> dict[int, list[Run]]:
     groups: dict[int, list[Run]] = {}
     for run in runs:
         groups.setdefault(run["group"], []).append(run)
@@ -142,13 +161,13 @@ def _pair(
 ) -> tuple[list[list[Run]], list[list[Run]], int]:
     """Runs of both arms, by shared group in one order, and how many of the arm's are unshared."""
     here = [run for run in runs if run["temperature"] == temperature and run["batch"] == batch]
-    mine = _by_group(run for run in here if run["arm"] == arm)
-    theirs = _by_group(run for run in here if run["arm"] == baseline)
+    mine = by_group(run for run in here if run["arm"] == arm)
+    theirs = by_group(run for run in here if run["arm"] == baseline)
     shared = sorted(mine.keys() & theirs.keys())
     return [mine[g] for g in shared], [theirs[g] for g in shared], len(mine) - len(shared)
 
 
-def _totals(members: list[list[Run]]) -> Columns:
+def totals(members: list[list[Run]]) -> Columns:
     """Sums over each group's repeats, (G, 1) each."""
     table = [[sum(run[field] for run in group) for field in FIELDS] for group in members]
     matrix = np.array(table, dtype=np.float64).reshape(len(members), len(FIELDS))
@@ -191,6 +210,17 @@ def _rounds(group: list[Run]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return np.array(flat[0], dtype=np.int64), np.array(flat[1], dtype=np.int64)
 
 
+def _each(columns: Columns) -> Columns:
+    """Each group's own speedup, where it has one, and whether it has; (G, 1) both."""
+    ratio = _speedup(columns)
+    known = np.isfinite(ratio)
+    return {"ratio": np.where(known, ratio, 0.0), "rated": known.astype(np.float64)}
+
+
+def _draws(mine: list[list[Run]], theirs: list[list[Run]], resamples: int, seed: int) -> Array:
+    return _speedup(resample(totals(mine) | _plain(totals(theirs)), resamples, seed))
+
+
 def _speedup(s: Columns) -> Array:
     mine = divide(s["seconds"], s["tokens"])
     return divide(divide(s["plain_seconds"], s["plain_tokens"]), mine)
@@ -203,19 +233,22 @@ def _ratios(s: Columns) -> Columns:
         seconds = s[prefix + "seconds"] - s[prefix + "first_seconds"]
         return divide(seconds, s[prefix + "tokens"] - s[prefix + "first_tokens"])
 
-    def predicted(prefix: str) -> Array:
-        busy = s[prefix + "draft_seconds"] + s[prefix + "verify_seconds"]
-        return divide(busy, s[prefix + "tokens"])
+    def busy(prefix: str) -> Array:
+        return s[prefix + "draft_seconds"] + s[prefix + "verify_seconds"]
 
     return {
         "speedup": _speedup(s),
+        "macro_speedup": divide(s["ratio"], s["rated"]),
         "decode_speedup": divide(decode("plain_"), decode("")),
-        "predicted_speedup": divide(predicted("plain_"), predicted("")),
+        "busy_speedup": divide(
+            divide(busy("plain_"), s["plain_tokens"]), divide(busy(""), s["tokens"])
+        ),
         "tokens_per_second": divide(s["tokens"], s["seconds"]),
         "tau": divide(s["tokens"], s["row_rounds"]),
         "accepted_per_round": divide(s["accepted_tokens"], s["row_rounds"]),
         "draft_ms_per_round": 1e3 * divide(s["draft_seconds"], s["rounds"]),
         "verify_ms_per_round": 1e3 * divide(s["verify_seconds"], s["rounds"]),
+        "other_ms_per_round": 1e3 * divide(s["seconds"] - busy(""), s["rounds"]),
         "draft_ms_per_token": 1e3 * divide(s["draft_seconds"], s["drafted_tokens"]),
         "plain_ms_per_round": 1e3 * divide(s["plain_verify_seconds"], s["plain_rounds"]),
         "ttft_ms": 1e3 * divide(s["first_seconds"], s["runs"]),
@@ -238,16 +271,19 @@ def _acceptance(columns: Columns, s: Columns) -> list[dict[str, Any]]:
     ]
 
 
-def _time_per_token(columns: Columns, resamples: int, seed: int) -> dict[str, Estimate]:
-    """Quantiles over groups of the milliseconds between a request's tokens, prefill apart.
+def _quantiles(columns: Columns, resamples: int, seed: int) -> dict[str, Estimate]:
+    """Quantiles over groups of tau, and of the milliseconds between a request's tokens.
 
     A request waits for the whole group, so its time is the group's over its own share of the
-    tokens. A group that ended in its first round has no such time and is not in n.
+    tokens, prefill apart. A group that ended in its first round has no such time and is not in n.
     """
     seconds = columns["seconds"] - columns["first_seconds"]
     tokens = (columns["tokens"] - columns["first_tokens"]) / np.maximum(columns["rows"], 1)
-    each = np.sort(1e3 * seconds[tokens > 0] / tokens[tokens > 0])
+    waits = np.sort(1e3 * seconds[tokens > 0] / tokens[tokens > 0])
+    taus = np.sort(divide(columns["tokens"], columns["row_rounds"]).ravel())
+    wanted = [("tpot_ms", waits, 50), ("tpot_ms", waits, 95)]
+    wanted += [("tau", taus[np.isfinite(taus)], percent) for percent in (10, 50, 90)]
     return {
-        f"tpot_ms_p{percent}": quantile(each, percent / 100, resamples, seed)
-        for percent in (50, 95)
+        f"{name}_p{percent}": quantile(each, percent / 100, resamples, seed)
+        for name, each, percent in wanted
     }

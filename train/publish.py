@@ -11,7 +11,7 @@ from decoding.pretrained import DTYPES, Pretrained
 from drafters.base import write_json
 from train.worker import environment
 
-CARRIED = ("report.json", "report.md", "report.png", "runs.jsonl")
+CARRIED = ("report.json", "report.md", "report.html", "report.png", "runs.jsonl")
 
 
 class Publish:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from eval.bootstrap import Estimate, share, verdict
+from eval.slices import break_even, by_length, language_in
 from eval.statistics import acceptance_by_position, measure, paired_speedup
 
 
@@ -54,8 +55,8 @@ def test_costs_and_times_of_one_prompt() -> None:
     expected = {
         **{"speedup": 2.0, "decode_speedup": (0.8 / 9) / (0.3 / 6), "tokens_per_second": 20.0},
         **{"draft_ms_per_round": 30.0, "verify_ms_per_round": 60.0, "draft_ms_per_token": 10.0},
-        **{"plain_ms_per_round": 50.0, "predicted_speedup": 0.5 / 0.36, "ttft_ms": 200.0},
-        **{"tpot_ms_p50": 50.0, "tpot_ms_p95": 50.0},
+        **{"plain_ms_per_round": 50.0, "busy_speedup": 0.5 / 0.36, "ttft_ms": 200.0},
+        **{"tpot_ms_p50": 50.0, "tpot_ms_p95": 50.0, "other_ms_per_round": 35.0},
     }
     assert {name: cell[name]["value"] for name in expected} == pytest.approx(expected)
     assert cell["speedup"]["low"] is None
@@ -101,6 +102,107 @@ def test_speed_is_per_token_when_lengths_differ() -> None:
     assert near(paired_speedup(runs, "drafter"), 1.0)
 
 
+def test_the_macro_mean_weighs_each_prompt_alike() -> None:
+    """A long prompt that is 4 times as fast and a short one that is not faster at all."""
+    runs = [run("autoregressive", 0, 8.0, 80), run("autoregressive", 1, 1.0, 10)]
+    runs += [drafted(0, 2.0, tokens=80), drafted(1, 1.0)]
+    cell = measure(runs, "drafter", temperature=0.0, batch=1)
+    assert near(cell["macro_speedup"], (4 + 1) / 2)
+    assert near(cell["speedup"], 9 / 3)
+
+
+def test_tau_is_told_over_prompts_too() -> None:
+    runs = [run("autoregressive", g) for g in range(10)]
+    runs += [drafted(g, row_rounds=10 - g) for g in range(10)]  # tau 1, 10/9, ... 10
+    cell = measure(runs, "drafter", temperature=0.0, batch=1)
+    found = [cell[f"tau_p{p}"]["value"] for p in (10, 50, 90)]
+    assert found == pytest.approx([1.0, 10 / 6, 10 / 2])
+    assert near(cell["tau"], 100 / 55)
+    assert cell["tau_p10"]["low"] <= found[0] <= cell["tau_p10"]["high"]
+
+
+def sweep(*speeds: tuple[int, float], noise: float = 0.0, groups: int = 12) -> list[dict]:
+    """Groups at each batch size, so many times as fast as without a drafter."""
+    spread = np.random.default_rng(0).lognormal(sigma=noise, size=(len(speeds), groups))
+    return [
+        one
+        for i, (batch, speed) in enumerate(speeds)
+        for g in range(groups)
+        for one in (
+            run("autoregressive", g, speed * spread[i, g], batch=batch),
+            drafted(g, 1.0, batch=batch),
+        )
+    ]
+
+
+def test_break_even_is_where_the_speedup_falls_through_1() -> None:
+    """1.25 at 4 and 0.8 at 16: equally far from 1 in the logarithm, so at 8."""
+    (found,) = break_even(sweep((1, 2.0), (4, 1.25), (16, 0.8), noise=0.1), resamples=2000)
+    exact = break_even(sweep((1, 2.0), (4, 1.25), (16, 0.8)), resamples=10)[0]["value"]
+    assert exact == pytest.approx(8)
+    assert found["state"] == "crossed"
+    assert found["low"] < found["value"] < found["high"]
+    assert 4 < found["low"] < found["high"] < 16
+    assert found["said"].startswith("drafting pays up to about batch")
+
+
+@pytest.mark.parametrize(
+    ("speeds", "state", "said"),
+    [
+        ([(1, 2.0), (4, 1.5)], "not reached", "no break-even up to batch 4, the largest measured"),
+        ([(1, 0.9), (4, 1.5)], "below from the start", "drafting does not pay even at batch 1"),
+    ],
+)
+def test_break_even_outside_the_sizes_is_words(speeds: list, state: str, said: str) -> None:
+    (found,) = break_even(sweep(*speeds), resamples=100)
+    assert (found["state"], found["said"]) == (state, said)
+    assert found["value"] is found["low"] is found["high"] is None
+
+
+def test_break_even_near_an_end_says_how_uncertain_it_is() -> None:
+    (found,) = break_even(sweep((1, 1.5), (4, 1.02), noise=0.3), resamples=1000)
+    assert found["high"] is None or found["low"] is not None
+    assert "above 4" in found["said"]
+
+
+def test_break_even_of_single_groups_has_no_interval() -> None:
+    (found,) = break_even(sweep((1, 1.5), (4, 0.5), groups=1), resamples=100)
+    assert found["state"] == "crossed"
+    assert found["low"] is found["high"] is None
+    assert "no interval" in found["said"]
+
+
+def test_one_batch_size_has_no_break_even() -> None:
+    assert break_even(sweep((1, 1.5))) == []
+
+
+@pytest.mark.parametrize(
+    ("task", "code"),
+    [
+        *[("de", "de"), ("de_en", "de"), ("ko_nli", "ko"), ("translation/ja", "ja")],
+        *[("math_reasoning", None), ("chat", None), ("번역", None)],
+    ],
+)
+def test_the_language_of_a_task_is_in_its_name(task: str, code: str | None) -> None:
+    assert language_in(task) == code
+
+
+def test_prompt_lengths_make_buckets_of_five_or_more() -> None:
+    lengths = [10] * 6 + [64] * 5 + [300] * 4
+    runs = [
+        one
+        for g, n in enumerate(lengths)
+        for one in (
+            run("autoregressive", g, 3.0 if n == 64 else 1.0, prompt_tokens=[n]),
+            drafted(g, 0.5, prompt_tokens=[n]),
+        )
+    ]
+    found = {e["prompt_tokens"]: (e["n"], round(e["speedup"]["value"], 9)) for e in by_length(runs)}
+    assert found == {"under 64": (6, 2.0), "64 to 255": (5, 6.0)}
+    assert by_length([one for one in runs if one["prompt_tokens"] == [10]]) == []
+    assert by_length([drafted(g) for g in range(9)]) == []  # rows from before schema 2
+
+
 def test_pairing_cancels_what_prompts_share() -> None:
     """Prompts of very different cost, each exactly twice as fast: an interval without width."""
     cost = np.random.default_rng(0).lognormal(sigma=2, size=30)
@@ -132,7 +234,8 @@ def test_no_shared_group_names_what_is_there() -> None:
 
 def test_the_baseline_is_not_compared_with_itself() -> None:
     cell = measure([run("autoregressive")], "autoregressive", temperature=0.0, batch=1)
-    assert cell["speedup"] is cell["verdict"] is None
+    assert cell["speedup"] is cell["macro_speedup"] is cell["busy_speedup"] is None
+    assert cell["verdict"] is None
     assert near(cell["tau"], 1.0)
     assert cell["acceptance"] == []
 
