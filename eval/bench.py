@@ -5,46 +5,34 @@ The number it prints is wall-clock: prompts, drafter, verification and all, on t
 
 import json
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from data.chat import require_same_tokenizer, require_template
-from data.sources import Source, prompt_key
-from decoding.loop import Decoded, decode
+from data.sources import Source
+from decoding.constraint import Grammars
 from decoding.pretrained import Pretrained
+from decoding.ranks import Ranks
 from decoding.sampling import Sampling
 from decoding.target import Target
-from decoding.verify import Rule, Typical
+from decoding.verify import Typical
 from drafters.base import Drafter, Trained, cast, load, write_json
+from drafters.layer_skip import LayerSkip
 from drafters.trees import tree_of
-from eval import controls
-from eval.change import changed
-from eval.cost import pass_milliseconds
-from eval.prompts import Prompt, collect
+from eval import choice, controls, evidence, ties, timed_controls
+from eval.arms import AUTOREGRESSIVE, DRAFTER, LOSSY, Arm, beside
+from eval.choice import Choice
+from eval.prompts import Prompt, collect, with_later_turns
+from eval.ranks import Row
 from eval.report import headline_lines, summarise, write_report
-from eval.runs import KEYS, groups_of, read, row
+from eval.runs import measure
+from eval.schema import refusal, sentence, validity
 from eval.shapes import Shape, shapes_of
 
-VERIFIED = 6  # tokens of a pass when the cost of verification is measured
-BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left"
-DTYPES = ("bfloat16", "float32")
 CHANGED = "for the changed target, not for the original"
-LOSSY = "drafter, typical acceptance (LOSSY)"
-Arms = dict[str, tuple[Target, Drafter | None, Rule | None]]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a measurement settled on before it began; tried: tokens/s of each shape."""
-
-    dtype: str
-    why: str
-    tried: dict[str, float]
-    shape: Shape
 
 
 class Bench:
@@ -54,8 +42,10 @@ class Bench:
     chains of `draft_lengths`, `trees` and what a tune_tree stage found (where the family grows
     trees) are tried on `trial_prompts` prompts that are then left out, and the fastest is used.
     dtype null takes the faster of bf16 and fp32 by the measured cost of verification.
-    Batch sizes above 1 are measured on prompts whose answers were not repetitive. typical: adds
-    an arm that verifies by Medusa's lossy rule, and says so in its name.
+    Batch sizes above 1 are measured on prompts whose answers were not repetitive. Up to `turns`
+    turns of a conversation are asked. typical: adds an arm that verifies by Medusa's lossy rule,
+    and says so in its name. law_samples: answers of each arm that the test of the sampling law
+    draws at each temperature above 0; 0 leaves it out.
     """
 
     on_device = True
@@ -81,13 +71,15 @@ class Bench:
         dtype: str | None = None,
         stop_below: float = 0.0,
         sample: bool = True,
+        turns: int = 2,
+        law_samples: int = 2000,
         seed: int = 0,
     ) -> None:
-        sizes = [limit, max_new_tokens, repeats, trial_prompts, control_prompts]
+        sizes = [limit, max_new_tokens, repeats, trial_prompts, control_prompts, turns]
         if min([*sizes, *batch_sizes, *draft_lengths], default=0) < 1 or not temperatures:
             raise ValueError(
                 "bench needs temperatures, batch_sizes and draft_lengths, and limit, "
-                "max_new_tokens, repeats, trial_prompts and control_prompts of at least 1"
+                "max_new_tokens, repeats, trial_prompts, control_prompts and turns of at least 1"
             )
         for temperature in temperatures:
             Sampling(temperature=temperature)  # its own checks, before anything starts
@@ -109,6 +101,7 @@ class Bench:
         self.typical = typical
         self.dtype, self.seed = dtype, seed
         self.stop_below, self.sample = stop_below, sample
+        self.turns, self.law_samples = turns, law_samples
 
     def run(
         self,
@@ -118,12 +111,63 @@ class Bench:
         target: Path | None = None,
         data: Path | None = None,
         tree: Path | None = None,
+        layers: Path | None = None,
     ) -> dict[str, float]:
-        """Writes artifact/: report.json, report.md, report.png, runs.jsonl. `data` names the
-        generate stage whose prompts must not be measured on, `tree` a tune_tree stage."""
+        """Writes artifact/: report.json, report.md, report.html, report.png, runs.jsonl. `data`
+        names the generate stage whose prompts must not be measured on, `tree` a tune_tree stage,
+        `layers` a skip_layers stage, whose mask becomes one more baseline."""
         tokenizer = self.target.tokenizer(target)
         require_template(tokenizer, self.target.path or "the target")
         require_same_tokenizer(tokenizer, str(drafter))
+        ranks = Ranks.here(together=self.target.parallel is not None)
+        tell = print if ranks.first else _nothing
+        prompts, grammars, conditions = self._prompts(tokenizer, data)
+        tell(conditions["prompt_source"], flush=True)
+        trial, prompts = _split(prompts, self.trial_prompts, self.seed)
+
+        kept = out / "choice.json"
+        chosen = self._settle(ranks, drafter, target, trial, grammars, tree, kept)
+        model = self.target.load(target, chosen.dtype)
+        plain = Arm(model, grammars=grammars)
+        prompts = self._with_later_turns(ranks, plain, tokenizer, prompts)
+        ours = self._drafter(drafter, model, chosen.shape)
+        found = self._controls(ranks, drafter, target, model, prompts, chosen.shape)
+        for name, control in found.items():
+            tell(f"control, {name}: {control['found']}", flush=True)
+        arms = self._arms(plain, ours, layers)
+        runs = measure(
+            arms,
+            prompts,
+            out / "runs.jsonl",
+            ranks=ranks,
+            cells=[(b, t) for b in sorted(self.batch_sizes) for t in self.temperatures],
+            repeats=self.repeats,
+            seed=self.seed,
+            max_new_tokens=self.max_new_tokens,
+        )
+        if not (ranks.first or ranks.together):
+            return {}
+        exact = self.target.load(target, ties.exact_dtype(model.dtype))
+        checks, more = evidence.gathered(
+            runs, prompts, arms, exact, chosen.shape, limit=self.max_new_tokens, seed=self.seed
+        )
+        for name, control in checks.items():
+            tell(f"control, {name}: {control['found']}", flush=True)
+        conditions |= more | self._settings(chosen, "target_change" in more)
+        conditions |= {"ranks": ranks.world}
+        conditions |= {"parallel": self.target.parallel} if ranks.together else {}
+        if grammars is not None:
+            schemas = [p.schema for p in prompts]
+            conditions["structured"] = validity(runs, schemas, tokenizer, model.end_ids)
+            for count in conditions["structured"]:
+                tell(sentence(count), flush=True)
+        return _reported(out / "artifact", runs, conditions, found | checks) if ranks.first else {}
+
+    def _prompts(
+        self, tokenizer: Any, data: Path | None
+    ) -> tuple[list[Prompt], Grammars | None, dict[str, Any]]:
+        """What is asked, what answers with a schema must match, and the conditions that say so."""
+        revisions = {n: c for s in self.prompts.values() for n, c in s.revisions().items()}
         prompts, origin = collect(
             self.prompts,
             tokenizer,
@@ -132,54 +176,68 @@ class Bench:
             heldout_only=self.heldout_only,
             trained_on=data,
         )
-        print(origin, flush=True)
-        trial, prompts = _split(prompts, self.trial_prompts, self.seed)
+        grammars = None
+        if any(prompt.schema is not None for prompt in prompts):
+            grammars = Grammars(tokenizer)
+            fit = [p for p in prompts if p.schema is None or not refusal(p.schema, grammars)]
+            origin += f", {len(prompts) - len(fit):,} because their schema cannot be followed"
+            prompts = fit
+        told = {"prompt_source": f"{', '.join(self.prompts)} ({origin})"}
+        return prompts, grammars, told | ({"data_revisions": revisions} if revisions else {})
 
-        chosen = self._settle(drafter, target, trial, tree, out / "choice.json")
-        found = self._controls(drafter, target, prompts, chosen.shape)
-        for name, control in found.items():
-            print(f"control, {name}: {control['found']}", flush=True)
-        model = self.target.load(target, chosen.dtype)
-        ours = self._drafter(drafter, model, chosen.shape)
-        decoded = ours.on(model)
-        arms: Arms = {"autoregressive": (model, None, None), "drafter": (decoded, ours, None)}
-        arms |= {name: (model, baseline, None) for name, baseline in self.baselines.items()}
-        arms |= {} if self.typical is None else {LOSSY: (decoded, ours, self.typical)}
-        runs = self._measure(arms, prompts, out / "runs.jsonl")
-        conditions = self._conditions(model, ours, chosen, prompts, origin)
-        if decoded is not model:
-            some = [p.ids for p in prompts]
-            change = changed(model, decoded, some, self.max_new_tokens, self.seed)
-            conditions |= {"target_change": change, "rule": f"{conditions['rule']}: {CHANGED}"}
-        report = summarise(runs, conditions, found)
-        write_report(out / "artifact", report, runs)
-        for line in headline_lines(report):
-            print(line, flush=True)
-        if not report["passed"]:
-            raise controls.Failed(
-                "a control failed, so the speed cannot be trusted: "
-                + "; ".join(c["found"] for c in found.values() if not c["passed"])
+    def _arms(self, plain: Arm, ours: Trained, layers: Path | None) -> dict[str, Arm]:
+        """The baseline first, then the drafter and what it is measured beside."""
+        mine = replace(plain, target=ours.on(plain.target), drafter=ours)
+        skipping = {} if layers is None else {"layer_skip": LayerSkip.found(layers)}
+        arms = {AUTOREGRESSIVE: plain, DRAFTER: mine}
+        arms |= beside(plain.target, self.baselines | skipping, plain.grammars)
+        return arms | ({} if self.typical is None else {LOSSY: replace(mine, rule=self.typical)})
+
+    def _with_later_turns(
+        self, ranks: Ranks, plain: Arm, tokenizer: Any, prompts: list[Prompt]
+    ) -> list[Prompt]:
+        """Later turns stand behind the target's own greedy answers to the earlier ones."""
+
+        def answer(some: list[Prompt]) -> list[list[int]]:
+            bar = tqdm(some, desc="earlier turns", disable=not ranks.first)
+            return ranks.decide(
+                lambda: [
+                    plain.answer([p], Sampling(), self.max_new_tokens).answers[0].ids for p in bar
+                ]
             )
-        return _headline_metrics(report)
+
+        return with_later_turns(
+            prompts, tokenizer, answer, turns=self.turns, most_tokens=self.max_prompt_tokens
+        )
 
     def _settle(
         self,
+        ranks: Ranks,
         drafter: Path,
         target: Path | None,
         trial: list[Prompt],
+        grammars: Grammars | None,
         tuned: Path | None,
         kept: Path,
-    ) -> "Choice":
+    ) -> Choice:
         """The dtype to measure in and the shape to draft in; chosen once, also over restarts."""
-        if not kept.is_file():
-            model, why = self._load(target)
+
+        def choose() -> dict[str, Any]:
+            if kept.is_file():
+                return json.loads(kept.read_text(encoding="utf-8"))
+            model, why = choice.load_fastest(self.target, target, self.dtype)
             ours = self._drafter(drafter, model, None)
             shapes = shapes_of(ours, self.draft_lengths, self.trees, tuned)
-            tried = self._try(ours.on(model), ours, trial, shapes)
+            samplings = [Sampling(temperature=t, seed=self.seed) for t in self.temperatures]
+            arm = Arm(ours.on(model), ours, grammars=grammars)
+            tried = choice.try_shapes(arm, shapes, trial, samplings, self.max_new_tokens)
             best = max(shapes, key=lambda shape: tried.get(str(shape), 0.0))
             dtype = str(model.dtype).removeprefix("torch.")
-            write_json(kept, {"dtype": dtype, "why": why, "tried": tried, "shape": asdict(best)})
-        note = json.loads(kept.read_text(encoding="utf-8"))
+            return {"dtype": dtype, "why": why, "tried": tried, "shape": asdict(best)}
+
+        note = ranks.decide(choose)
+        if ranks.first:
+            write_json(kept, note)
         return Choice(**note | {"shape": Shape(**note["shape"])})
 
     def _drafter(self, folder: Path, model: Target, shape: Shape | None) -> Trained:
@@ -191,134 +249,43 @@ class Bench:
         return ours
 
     def _controls(
-        self, drafter: Path, target: Path | None, prompts: list[Prompt], shape: Shape
-    ) -> dict[str, dict[str, Any]]:
-        """In fp32, where equality is exact but for ties: what must hold whatever the speed."""
-        exact = self.target.load(target, dtype="float32")
-        some = [p.ids for p in prompts[: self.control_prompts]]
-        ours = self._drafter(drafter, exact, shape)
-        return controls.run(ours.on(exact), ours, some, min(48, self.max_new_tokens), self.seed)
-
-    def _load(self, folder: Path | None) -> tuple[Target, str]:
-        """The target in the dtype to measure in, and why that one."""
-        if self.dtype:
-            return self.target.load(folder, self.dtype), "configured"
-        cost = {}
-        for dtype in DTYPES:
-            cost[dtype] = pass_milliseconds(self.target.load(folder, dtype), VERIFIED)
-        best = min(cost, key=lambda dtype: cost[dtype])
-        shown = ", ".join(f"{dtype} {ms:.2f} ms" for dtype, ms in cost.items())
-        why = f"the faster at verifying {VERIFIED} tokens: {shown}"
-        return self.target.load(folder, best), why
-
-    def _try(
-        self, model: Target, ours: Trained, trial: list[Prompt], shapes: list[Shape]
-    ) -> dict[str, float]:
-        """Tokens/s of each shape on the trial prompts, in turn; {} where there is only one.
-
-        Over all temperatures together, since one drafter serves them all.
-        """
-        if len(shapes) == 1:
-            return {}
-        arm, names = (model, ours, None), [str(shape) for shape in shapes]
-        tokens, seconds = dict.fromkeys(names, 0), dict.fromkeys(names, 0.0)
-        for turn, prompt in enumerate(tqdm(trial[:1] + trial, desc="shapes of draft")):
-            for shape, name in zip(shapes, names, strict=True):
-                shape.give(ours)
-                for temperature in self.temperatures:
-                    done = self._answer(arm, [prompt], temperature, 0)
-                    if turn:  # the first is the warm-up
-                        tokens[name] += done.tokens
-                        seconds[name] += done.seconds
-        return {name: tokens[name] / seconds[name] for name in names}
-
-    def _measure(self, arms: Arms, prompts: list[Prompt], kept: Path) -> list[dict[str, Any]]:
-        """Every run, arms in turn; those that stand in `kept` already are not made again."""
-        runs = read(kept)
-        have = {tuple(run[key] for key in KEYS) for run in runs}
-        cells = [(b, t) for b in sorted(self.batch_sizes) for t in self.temperatures]
-        for arm in arms.values():  # warm-up: not counted
-            self._answer(arm, prompts[:1], self.temperatures[-1], 0)
-        with (
-            tqdm(total=len(cells) + 1e-6, desc="bench", bar_format=BAR) as bar,
-            kept.open("a") as stream,
-        ):
-            for batch, temperature in cells:
-                groups = groups_of(prompts, batch, temperature, runs)
-                if not groups:
-                    tqdm.write(f"batch {batch} at T={temperature:g}: not measured, too few prompts")
-                turns = [(r, n) for r in range(self.repeats) for n in range(len(groups))]
-                for repeat, number in turns:
-                    for name, arm in arms.items():
-                        if (name, temperature, batch, repeat, number) in have:
-                            continue
-                        together = [prompts[i] for i in groups[number]]
-                        done = self._answer(arm, together, temperature, repeat)
-                        place = (name, temperature, batch, repeat, number)
-                        runs.append(row(place, groups[number], prompts, done))
-                        stream.write(json.dumps(runs[-1]) + "\n")
-                    bar.update(1 / len(turns))
-        return runs
-
-    def _answer(
         self,
-        arm: tuple[Target, Drafter | None, Rule | None],
-        prompts: list[Prompt],
-        temperature: float,
-        repeat: int,
-    ) -> Decoded:
-        """Answers of one arm; a prompt's randomness is its own, whatever it is decoded with."""
-        model, drafter, rule = arm
-        return decode(
-            model,
-            drafter,
-            [p.ids for p in prompts],
-            sampling=Sampling(temperature=temperature, seed=self.seed + repeat),
-            max_new_tokens=self.max_new_tokens,
-            rule=rule,
-            requests=[int(prompt_key(p.text)[:8], 16) for p in prompts],
-        )
-
-    def _conditions(
-        self,
+        ranks: Ranks,
+        drafter: Path,
+        target: Path | None,
         model: Target,
-        ours: Trained,
-        chosen: "Choice",
         prompts: list[Prompt],
-        origin: str,
-    ) -> dict[str, Any]:
-        from importlib.metadata import version
+        shape: Shape,
+    ) -> dict[str, dict[str, Any]]:
+        """What must hold whatever the speed: in fp32, where equality is exact but for ties; of the
+        clock, in the dtype that is measured; and of the law that sampled answers have."""
+        some, tokens = prompts[: self.control_prompts], min(48, self.max_new_tokens)
 
+        def check() -> dict[str, dict[str, Any]]:
+            exact = self.target.load(target, dtype="float32")
+            ours = self._drafter(drafter, exact, shape)
+            ids = [p.ids for p in some]
+            found = controls.run(ours.on(exact), ours, ids, tokens, self.seed)
+            found |= timed_controls.run(model, ids, tokens, self.seed)
+            return found | evidence.of_the_law(
+                ours.on(exact), ours, some, self.temperatures, self.law_samples, self.seed
+            )
+
+        return ranks.decide(check)
+
+    def _settings(self, chosen: Choice, target_changed: bool) -> dict[str, Any]:
+        """The conditions that were configured, or chosen here."""
+        rule = f"{choice.rules(chosen.shape, self.sample)} (lossless)"
         return {
-            "target": model.name,
-            "target_revision": model.revision,
-            "drafter": type(ours).__module__.removeprefix("drafters."),
-            "parameters_target": sum(p.numel() for p in model.parameters()),
-            "parameters_drafter": sum(p.numel() for p in ours.parameters()),
-            "device": str(model.device),
-            "threads": torch.get_num_threads(),
-            "dtype": str(model.dtype).removeprefix("torch."),
             "dtype_reason": chosen.why,
             "draft_shape": str(chosen.shape),
             "draft": chosen.shape.arguments()
             | {"stop_below": self.stop_below, "sample": self.sample},
             "draft_shape_choice": chosen.tried,
-            "rule": f"{_rules(chosen.shape, self.sample)} (lossless)",
+            "rule": f"{rule}: {CHANGED}" if target_changed else rule,
             "max_new_tokens": self.max_new_tokens,
             "repeats": self.repeats,
-            "prompts": len(prompts),
-            "prompt_source": f"{', '.join(self.prompts)} ({origin})",
-            "versions": {name: version(name) for name in ("torch", "transformers")},
         }
-
-
-def _rules(shape: Shape, sample: bool) -> str:
-    """How drafts of this shape are verified, in words."""
-    kind = shape.tree["kind"] if shape.tree else "chain"
-    if kind in ("static", "dynamic") or not sample:
-        return "one-hot"
-    sampled = "block verification" if kind == "chain" else "recursive rejection"
-    return f"one-hot at temperature 0, {sampled} above"
 
 
 def _split(prompts: list[Prompt], trial: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
@@ -329,12 +296,26 @@ def _split(prompts: list[Prompt], trial: int, seed: int) -> tuple[list[Prompt], 
     return shuffled[:trial], shuffled[trial:] or shuffled
 
 
-def _headline_metrics(report: dict[str, Any]) -> dict[str, float]:
-    """The headline as flat numbers, for sweeps and the summary."""
-    metrics = {}
-    for entry in report["headline"]:
-        at = f"T{entry['temperature']:g}"
-        for key in ("speedup", "tau"):
-            if entry[key]["value"] is not None:
-                metrics[f"{key}_{at}"] = entry[key]["value"]
-    return metrics
+def _nothing(*_: object, **__: object) -> None:
+    """What ranks other than the first print."""
+
+
+def _reported(
+    folder: Path, runs: list[Row], conditions: dict[str, Any], found: dict[str, dict[str, Any]]
+) -> dict[str, float]:
+    """Writes and tells the report; the headline as flat numbers, for sweeps and the summary."""
+    report = summarise(runs, conditions, found)
+    write_report(folder, report, runs)
+    for line in headline_lines(report):
+        print(line, flush=True)
+    if not report["passed"]:
+        failed = [control["found"] for control in found.values() if not control["passed"]]
+        raise controls.Failed(
+            f"a control failed, so the speed cannot be trusted: {'; '.join(failed)}"
+        )
+    return {
+        f"{key}_T{entry['temperature']:g}": entry[key]["value"]
+        for entry in report["headline"]
+        for key in ("speedup", "tau")
+        if entry[key]["value"] is not None
+    }

@@ -1,18 +1,80 @@
-"""The rows of runs.jsonl: who is decoded together, and what a run leaves for the report."""
+"""The runs of a measurement: who is decoded together, in what order, and the rows that are left."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from tqdm import tqdm
 
 from data.repetition import is_repetitive
+from data.sources import prompt_key
 from decoding.loop import Decoded
+from decoding.ranks import Ranks
+from decoding.sampling import Sampling
+from eval.arms import Arm
 from eval.prompts import Prompt
+from eval.ranks import KEYS, Row, Rows
 
-KEYS = ("arm", "temperature", "batch", "repeat", "group")  # what names a run
+BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left"
+
+
+def measure(
+    arms: Mapping[str, Arm],
+    prompts: list[Prompt],
+    kept: Path,
+    *,
+    ranks: Ranks,
+    cells: list[tuple[int, float]],
+    repeats: int,
+    seed: int,
+    max_new_tokens: int,
+) -> list[Row]:
+    """Every run, arms in turn on each group of prompts; cells are (batch, temperature).
+
+    Each rank makes its share; a warm arm's runs, which depend on their order, are all the first's.
+    Runs that stand in `kept` already are not made again, but for those of a warm arm whose repeat
+    was cut short: what it had learnt went with the process.
+    """
+    for arm in arms.values():  # warm-up: not counted
+        arm.answer(prompts[:1], Sampling(temperature=cells[-1][1], seed=seed), max_new_tokens)
+    with (
+        Rows(kept, ranks, arms=list(arms), cells=cells) as rows,
+        tqdm(total=len(cells) + 1e-6, desc="bench", bar_format=BAR, disable=not ranks.first) as bar,
+    ):
+        for batch, temperature in cells:
+            groups = groups_of(prompts, batch, temperature, rows.rows)
+            if not groups and ranks.first:
+                tqdm.write(f"batch {batch} at T={temperature:g}: not measured, too few prompts")
+            for repeat in range(repeats):
+                sampling = Sampling(temperature=temperature, seed=seed + repeat)
+                places = {
+                    name: [(name, temperature, batch, repeat, n) for n in range(len(groups))]
+                    for name in arms
+                }
+                done = {name: all(place in rows for place in places[name]) for name in arms}
+                _forget(arms)
+                for number, group in enumerate(groups):
+                    for name, arm in arms.items():
+                        place = places[name][number]
+                        if done[name] if arm.warm else place in rows:
+                            continue
+                        if ranks.has(0 if arm.warm else number):
+                            together = [prompts[i] for i in group]
+                            answered = arm.answer(together, sampling, max_new_tokens)
+                            rows.add(row(place, group, prompts, answered))
+                    bar.update(1 / (repeats * len(groups)))
+            rows.meet()
+        return rows.rows
+
+
+def _forget(arms: Mapping[str, Arm]) -> None:
+    """Each repeat teaches the warm arms anew: a prompt's second run must not know its first."""
+    for arm in arms.values():
+        if arm.drafter is not None:
+            arm.drafter.forget()
 
 
 def groups_of(
-    prompts: list[Prompt], batch: int, temperature: float, runs: list[dict[str, Any]]
+    prompts: list[Prompt], batch: int, temperature: float, runs: list[Row]
 ) -> list[list[int]]:
     """Indices decoded together: single prompts, or batches of those that are not repetitive."""
     if batch == 1:
@@ -27,29 +89,21 @@ def groups_of(
     return [usable[a : a + batch] for a in range(0, len(usable) - batch + 1, batch)]
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    """The runs that an earlier start of this stage made; a line cut short is made again."""
-    runs = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        try:
-            runs.append(json.loads(line))
-        except ValueError:
-            continue
-    return runs
-
-
 def row(
     place: tuple[str, float, int, int, int],
     group: list[int],
     prompts: list[Prompt],
     done: Decoded,
-) -> dict[str, Any]:
+) -> Row:
     """One row of runs.jsonl (eval/report.py reads it)."""
     tasks = {prompts[i].task for i in group}
     return {
         **dict(zip(KEYS, place, strict=True)),
         "prompts": group,
         "task": tasks.pop() if len(tasks) == 1 else "mixed",
+        "keys": [prompt_key(prompts[i].text)[:12] for i in group],
+        "prompt_tokens": [len(prompts[i].ids) for i in group],
+        "ids": [a.ids for a in done.answers],
         "tokens": done.tokens,
         "rounds": done.rounds,
         "row_rounds": sum(len(a.accepted) for a in done.answers),
@@ -60,5 +114,6 @@ def row(
         "verify_seconds": done.verify_seconds,
         "drafted": [a.drafted for a in done.answers],
         "accepted": [a.accepted for a in done.answers],
+        "nodes": [a.nodes for a in done.answers],
         "repetitive": any(is_repetitive(a.ids) for a in done.answers),
     }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drafters.base import Drafter
+from drafters.base import Trained
 from drafters.trees import tree_of
 
 
@@ -31,8 +31,7 @@ class Shape:
         """Makes the drafter draft in this shape."""
         if self.length is not None:
             drafter.draft_length = self.length
-        if hasattr(drafter, "tree"):
-            drafter.tree = tree_of(self.tree)
+        drafter.tree = tree_of(self.tree)
 
     def arguments(self) -> dict[str, Any]:
         """The shape as arguments of a family."""
@@ -40,15 +39,13 @@ class Shape:
 
 
 def shapes_of(
-    drafter: Drafter, lengths: list[int], trees: list[dict[str, Any]], tuned: Path | None
+    drafter: Trained, lengths: list[int], trees: list[dict[str, Any]], tuned: Path | None
 ) -> list[Shape]:
-    """What this drafter can draft: chains no longer than it has heads, and, where it grows trees,
-    those configured and the one that a tune_tree stage found."""
+    """What this drafter can draft: chains and trees no deeper than it has heads, and the tree that
+    a tune_tree stage found for it."""
     deepest = getattr(drafter, "deepest", None)
     lengths = sorted({min(n, deepest or n) for n in lengths})
     found = [Shape(length=n) for n in lengths]
-    if not hasattr(drafter, "tree"):
-        return found
     if tuned is not None:
         tree = json.loads((tuned / "tree.json").read_text(encoding="utf-8"))
         found.append(Shape(tree=tree, tuned=True))

@@ -24,16 +24,16 @@ from decoding.pretrained import Pretrained
 from decoding.target import Target
 from drafters.base import Batch, Metrics, Prediction, cast, load, write_json
 from drafters.heads import Heads, ahead
-from drafters.trees import Static
-from eval.cost import level_milliseconds, pass_milliseconds
+from drafters.lm import LM
+from drafters.trees import Static, tree_of
+from eval.cost import SIZES, between, level_milliseconds, verify_milliseconds
 
 Place = tuple[int, ...]
-SIZES = (1, 2, 4, 8, 16, 32, 64)  # at which the target's pass is timed; between them, linearly
 WIDTHS = (1, 2, 4, 8, 16)
 
 
 class TuneTree:
-    """Chooses a static tree for a drafter with heads.
+    """Chooses a static tree for a drafter that grows trees.
 
     nodes: at most so many; depth: at most so deep (and no deeper than the drafter has heads);
     ranks: a node has at most so many children; rows: answers to count on.
@@ -67,14 +67,10 @@ class TuneTree:
         require_same_tokenizer(self.target.tokenizer(target), str(drafter))
         model = self.target.load(target)
         ours = load(drafter, model.shape)
-        if not isinstance(ours, Heads):
-            raise ValueError(
-                f"{type(ours).__name__} grows no trees: leave the stage tune_tree out "
-                "(stages.tune_tree=null)"
-            )
+        assert isinstance(ours, Heads | LM), f"{type(ours).__name__} grows no trees"
         cast(ours, model.dtype).to(model.device)
         model = ours.on(model)
-        depth = min(self.depth, ours.deepest or self.depth)
+        depth = min(self.depth, getattr(ours, "deepest", None) or self.depth)
         hits, positions = self._count(model, ours, depth, data)
         if not positions:
             raise ValueError(f"the answers in {data} are too short to count hits on")
@@ -85,7 +81,8 @@ class TuneTree:
             )
         ranked = sorted(hits, key=lambda place: (-hits[place], len(place), place))[: self.nodes]
         rate = {place: hits[place] / positions for place in ranked}
-        verify = {m: pass_milliseconds(model, m) for m in SIZES if m <= 2 * self.nodes}
+        verify = verify_milliseconds(model, [m for m in SIZES if m <= 2 * self.nodes])
+        ours.tree = tree_of(_tree(ranked))
         first, level = level_milliseconds(model, ours, list(WIDTHS))
         chosen, speed = fastest(rate, verify, first, level)
         found = {
@@ -112,7 +109,7 @@ class TuneTree:
 
     @torch.no_grad()
     def _count(
-        self, model: Target, ours: Heads, depth: int, data: Path
+        self, model: Target, ours: Heads | LM, depth: int, data: Path
     ) -> tuple[Counter[Place], int]:
         """How often the target's own answers take each place, and out of how many positions."""
         if hasattr(ours, "steps"):
@@ -139,16 +136,8 @@ class TuneTree:
         unseen = islice(filter(is_validation, read(data)), self.rows)
         samples = iter(list(unseen) or list(islice(read(data), self.rows)))
         while group := list(islice(samples, self.batch_size)):
-            rows = [(s["prompt_ids"], s["answer_ids"]) for s in group]
-            longest = max(len(p) + len(a) for p, a in rows)
-            ids = torch.zeros(len(rows), longest, dtype=torch.long)
-            doc = torch.full_like(ids, -1)
-            mask = torch.zeros_like(ids, dtype=torch.bool)
-            for b, (prompt, answer) in enumerate(rows):
-                end = len(prompt) + len(answer)
-                ids[b, :end] = torch.tensor([*prompt, *answer])
-                doc[b, :end], mask[b, len(prompt) : end] = b, True
-            yield Batch(ids.to(model.device), mask.to(model.device), doc.to(model.device))
+            pairs = [(s["prompt_ids"], s["answer_ids"]) for s in group]
+            yield Batch.of(pairs, model.device)
 
 
 def fastest(
@@ -163,7 +152,7 @@ def fastest(
     first and level: milliseconds of the drafter's first level and of one of w asked nodes. For each
     depth the places are taken in the order of their rates, which is best for every number.
     """
-    plain = 1 / _between(verify, 1)
+    plain = 1 / between(verify, 1)
     ranked = sorted(rate, key=lambda place: (-rate[place], len(place), place))
     best, most = ranked[:1], 0.0
     for depth in range(1, max(map(len, rate)) + 1):
@@ -171,26 +160,15 @@ def fastest(
         for n in range(1, len(places) + 1):
             tree = places[:n]
             inner = Counter(len(place) for place in {p[:-1] for p in tree if len(p) > 1})
-            drafting = first + sum(_between(level, width) for width in inner.values())
-            milliseconds = _between(verify, n + 1) + drafting
+            drafting = first + sum(between(level, width) for width in inner.values())
+            milliseconds = between(verify, n + 1) + drafting
             speed = (1 + sum(rate[place] for place in tree)) / milliseconds / plain
             if speed > most:
                 best, most = tree, speed
     return best, most
 
 
-def _between(measured: dict[int, float], at: int) -> float:
-    """Linear between what was measured, and beyond it along the last stretch."""
-    known = sorted(measured)
-    if at <= known[0] or len(known) == 1:
-        return measured[known[0]]
-    high = next((k for k in known if k >= at), known[-1])
-    low = known[known.index(high) - 1]
-    share = (at - low) / (high - low)
-    return measured[low] + share * (measured[high] - measured[low])
-
-
-def _ranks(ours: Heads, batch: Batch, model: Target, depth: int) -> Tensor:
+def _ranks(ours: Heads | LM, batch: Batch, model: Target, depth: int) -> Tensor:
     """For each pair t and level k the rank of x_{t+1+k} in what the drafter says there, given the
     true tokens before it, [B, T-2, K]; -1 where it cannot be drafted or is not supervised."""
     B, T = batch.ids_BT.shape
@@ -198,7 +176,12 @@ def _ranks(ours: Heads, batch: Batch, model: Target, depth: int) -> Tensor:
 
     def judge(prediction: Prediction, target: Target | None) -> tuple[Tensor, Metrics]:
         k = prediction.position + 1
-        if 1 <= k <= depth:
+        if isinstance(ours, LM):  # its guess of a token is the same at every level
+            rank_BT = torch.full_like(batch.ids_BT, -1)
+            rank_BT[:, 1:][batch.mask_BT[:, 1:]] = _rank(prediction, target)
+            for k in range(1, depth + 1):
+                ranks_BTK[:, : T - 1 - k, k - 1] = rank_BT[:, 1 + k :].where(ahead(batch, k), -1)
+        elif 1 <= k <= depth:
             valid = ahead(batch, k)
             ranks_BTK[:, : T - 1 - k, k - 1][valid] = _rank(prediction, target)
         return torch.zeros(()), {}

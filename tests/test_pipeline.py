@@ -11,7 +11,7 @@ from safetensors import safe_open
 from tests.tiny import WORDS
 from tests.train.composing import command
 
-STAGES = ("target", "pretrain", "generate", "finetune", "bench", "publish")
+STAGES = ("target", "pretrain", "generate", "finetune", "tune_tree", "bench", "publish")
 SMALL = {
     "target": {
         "layers": 2,
@@ -150,7 +150,7 @@ def test_the_report_passed_its_controls_and_says_what_it_measured(done):
     cells = {(r["arm"], r["temperature"], r["batch"]) for r in map(json.loads, runs)}
     arms, temperatures = ("autoregressive", "drafter", "ngram"), (0.0, 1.0)
     assert cells == {(a, t, b) for a in arms for t in temperatures for b in (1, 2)}
-    assert "[6/6] publish" in said
+    assert "[7/7] publish" in said
     assert "report: " in said
     assert "next: " in said
 
@@ -181,14 +181,14 @@ def test_again_does_nothing_and_a_changed_bench_runs_bench_and_publish(done):
     assert time.perf_counter() - begin < 60
     assert again.returncode == 0, again.stderr
     for number, stage in enumerate(STAGES, 1):
-        assert f"[{number}/6] {stage}: done before, " in again.stdout
+        assert f"[{number}/7] {stage}: done before, " in again.stdout
     assert stamps(folder / "out" / "stages") == before
     assert first.split("minutes of work")[1] == again.stdout.split("minutes of work")[1]
 
     changed = command(*arguments(folder, max_new_tokens=6), cwd=folder)
     assert changed.returncode == 0, changed.stdout[-2000:] + changed.stderr[-3000:]
     for number, stage in enumerate(STAGES, 1):
-        ran = f"[{number}/6] {stage}: done before, " not in changed.stdout
+        ran = f"[{number}/7] {stage}: done before, " not in changed.stdout
         assert ran == (stage in ("bench", "publish"))
     after = stamps(folder / "out" / "stages")
     assert {name: after[name] for name in before} == before

@@ -43,7 +43,6 @@ def plan(config: dict[str, Any], root: Path) -> list[Planned]:
     needs = {name: _needs(name, stage) for name, stage in stages.items()}
     if config["target"].get("path"):
         _drop(needs, _of(stages, "train.base.BaseTarget"))
-    _drop(needs, _treeless(stages, needs))
     planned: dict[str, Planned] = {}
     for name in _order(needs):
         body = {k: v for k, v in stages[name].items() if k != "needs"}
@@ -146,18 +145,6 @@ def _drop(needs: dict[str, dict[str, str]], dead: list[str]) -> None:
     for mine in needs.values():
         for argument in [a for a, source in mine.items() if source in dead]:
             del mine[argument]
-
-
-def _treeless(stages: dict[str, dict[str, Any]], needs: dict[str, dict[str, str]]) -> list[str]:
-    """The tree stages of drafters that have no heads, so grow no trees."""
-    from drafters.heads import Heads
-
-    dead = []
-    for name in _of(stages, "eval.tune_tree.TuneTree"):
-        drafter = stages.get(needs[name].get("drafter", ""), {}).get("drafter") or {}
-        if "_target_" in drafter and not issubclass(find(drafter["_target_"], "drafter"), Heads):
-            dead.append(name)
-    return dead
 
 
 def _needs(name: str, stage: dict[str, Any]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from decoding.pretrained import Pretrained
 from decoding.verify import Typical
 from drafters.base import Batch, save
 from drafters.medusa import Medusa
-from eval import bench
+from eval import arms, bench
 from tests.tiny import write_chats, write_target, write_texts
 from train.objectives import CE
 
@@ -60,13 +60,13 @@ def measured(place: Path, out: Path, **more: Any) -> dict[str, Any]:
 
 def test_a_changed_target_is_said_to_be_one(place: Path, tmp_path: Path, monkeypatch):
     decoded = []
-    true = bench.decode
+    true = arms.decode
 
     def noting(model, drafter, *rest, **options):
         decoded.append((type(drafter).__name__, isinstance(model, Adapted)))
         return true(model, drafter, *rest, **options)
 
-    monkeypatch.setattr(bench, "decode", noting)
+    monkeypatch.setattr(arms, "decode", noting)
     report = measured(place, tmp_path / "out")
     # the baseline is the original; the drafter decodes with the target that it was trained for
     assert set(decoded) == {("NoneType", False), ("Medusa", True)}
@@ -81,7 +81,7 @@ def test_a_changed_target_is_said_to_be_one(place: Path, tmp_path: Path, monkeyp
 
 def test_a_lossy_arm_says_so_wherever_it_stands(place: Path, tmp_path: Path):
     report = measured(place, tmp_path / "out", typical=Typical())
-    arms = {row["arm"] for row in report["table"]}
-    assert arms == {"autoregressive", "drafter", bench.LOSSY}
-    assert "LOSSY" in bench.LOSSY
-    assert all(bench.LOSSY in entry["against"] for entry in report["headline"])
+    found = {row["arm"] for row in report["table"]}
+    assert found == {"autoregressive", "drafter", arms.LOSSY}
+    assert "LOSSY" in arms.LOSSY
+    assert all(arms.LOSSY in entry["against"] for entry in report["headline"])

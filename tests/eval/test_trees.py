@@ -3,13 +3,13 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from decoding.target import Shape
 from drafters.base import Batch
-from drafters.eagle import Eagle
 from drafters.lm import LM
 from drafters.medusa import Medusa
 from drafters.trees import Chain, Dynamic, Static
@@ -25,10 +25,11 @@ RATE = {(0,): 0.6, (1,): 0.2, (0, 0): 0.4, (2,): 0.1, (0, 1): 0.1, (0, 0, 0): 0.
 FLAT = {1: 1.0, 64: 1.0}
 
 
-def test_ranks_are_those_of_teacher_forcing():
+@pytest.mark.parametrize("family", ["eagle", "lm"])
+def test_ranks_are_those_of_teacher_forcing(family: str):
     """Each level's rank is counted for the token that head guesses, in the document alone."""
     target = tiny_target(vocab=40, seed=0, tied=False)
-    drafter = Eagle(target.shape, steps=3).double().eval()
+    drafter = build(family, target.shape, steps=3).double().eval()
     batch = packed(40)
     ranks_BTK = _ranks(drafter, batch, target, 3)
     checked = 0
@@ -40,7 +41,7 @@ def test_ranks_are_those_of_teacher_forcing():
                 label = i + 2 + k
                 if label >= len(places) or place >= ranks_BTK.shape[1]:
                     continue
-                logits = laws[k][label]
+                logits = laws[0 if family == "lm" else k][label]
                 token = batch.ids_BT[b, places[label]]
                 due = int((logits > logits[token]).sum())
                 if not batch.mask_BT[b, places[label]]:
@@ -81,7 +82,7 @@ def test_the_choice_is_the_best_of_all_trees():
 
 
 def test_what_a_drafter_can_draft(tmp_path: Path):
-    """Chains no longer than there are heads, trees only where they grow, and never too deep."""
+    """Chains no longer than there are heads, and trees never deeper."""
     shape = Shape(40, 32, 8, 4, 4, 64, 128)
     (tmp_path / "tree.json").write_text('{"kind": "static", "paths": [[0], [1], [0, 0]]}')
     trees = [{"kind": "dynamic", "top_k": 2, "depth": d, "nodes": 3} for d in (2, 9)]
@@ -93,8 +94,14 @@ def test_what_a_drafter_can_draft(tmp_path: Path):
         "tuned static tree of 3 nodes, 2 deep",
         "dynamic tree of 3 nodes, 2 deep (top_k 2)",
     ]
-    lm = LM(shape, width=64)
-    assert [str(s) for s in shapes_of(lm, [2, 5], trees, tmp_path)] == ["chain of 2", "chain of 5"]
+    found = [str(s) for s in shapes_of(LM(shape, width=64), [2, 5], trees, tmp_path)]
+    assert found == [
+        "chain of 2",
+        "chain of 5",
+        "tuned static tree of 3 nodes, 2 deep",
+        "dynamic tree of 3 nodes, 2 deep (top_k 2)",
+        "dynamic tree of 3 nodes, 9 deep (top_k 2)",
+    ]
     chosen = shapes_of(medusa, [2], trees, tmp_path)
     chosen[1].give(medusa)
     assert isinstance(medusa.tree, Static)
@@ -167,11 +174,12 @@ def test_padding_is_no_hit():
     assert (ranks[0, :, 1] >= 0).nonzero()[:, 0].tolist() == [2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("family", [f for f in TRAINED if f != "lm"])
+@pytest.mark.parametrize("family", TRAINED)
 def test_every_family_can_be_timed(family: str):
     """Level by level, by parameters that want gradients, as the stage loads them."""
     target = tiny_target()
-    drafter = build(family, target.shape).double()
+    drafter: Any = build(family, target.shape).double()
+    drafter.tree = Static([[0], [1], [2], [0, 0]])
     first, level = level_milliseconds(target, drafter, [1, 3], context=8, repeats=2)
     assert first > 0
     assert set(level) == {1, 3}

@@ -204,7 +204,10 @@ WRONG = {
     "objective": ("ce", "objective is 'ce'; expected Loss"),
     "schedule": (None, "schedule is None; expected Schedule"),
     "target": ({"_target_": "train.objectives.CE"}, "is train.objectives.CE; expected Pretrained"),
-    "drafter": ({"_target_": "drafters.ngram.Ngram"}, "is drafters.ngram.Ngram; expected Bluepri"),
+    "drafter": (
+        {"_target_": "drafters.ngram.Ngram"},
+        "is drafters.ngram.Ngram; expected a drafter that learns",
+    ),
     "data": ({"_target_": "train.objectives.TV"}, r"expected Source \| null"),
     "data.parts": ([1], r"parts is \[1\]; expected Mapping"),
     "data.parts.a": (7, "expected Mapping"),

@@ -15,7 +15,7 @@ from train.plan import Planned, plan
 from train.run import run_recipe
 
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml"))
-STAGES = ("target", "pretrain", "generate", "finetune", "bench", "publish")
+STAGES = ("target", "pretrain", "generate", "finetune", "tune_tree", "bench", "publish")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_stages_come_after_what_they_need_and_read_its_artifact(composed, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-BEHIND_PRETRAIN = ("pretrain", "finetune", "bench", "publish")
+BEHIND_PRETRAIN = ("pretrain", "finetune", "tune_tree", "bench", "publish")
 CHANGES = {
     "stages.pretrain.optim.lr": (0.123, BEHIND_PRETRAIN),
     "stages.pretrain.objective": ({"_target_": "train.objectives.CE"}, ()),  # as it was
@@ -164,7 +164,7 @@ def test_bench_depends_on_the_device_and_training_does_not(composed, tmp_path: P
     before = marks(composed, tmp_path)
     monkeypatch.setattr(planning, "device", lambda: "another machine, 99 threads")
     after = marks(composed, tmp_path)
-    assert tuple(n for n in after if after[n] != before[n]) == ("bench", "publish")
+    assert tuple(n for n in after if after[n] != before[n]) == ("tune_tree", "bench", "publish")
 
 
 def test_absent_stages_and_needs(composed, tmp_path: Path):
@@ -174,7 +174,7 @@ def test_absent_stages_and_needs(composed, tmp_path: Path):
         plan(config, tmp_path)
     config["stages"]["finetune"]["needs"]["drafter"] = None
     stages = {s.name: s for s in plan(config, tmp_path)}
-    assert tuple(stages) == ("target", "generate", "finetune", "bench", "publish")
+    assert tuple(stages) == tuple(name for name in STAGES if name != "pretrain")
     assert stages["finetune"].needs == {"target": "target", "data": "generate"}
     assert stages["finetune"].fingerprint != marks(composed, tmp_path)["finetune"]
 
@@ -260,7 +260,7 @@ def test_every_recipe_composes_binds_and_plans(
     said = capsys.readouterr()
     assert code == 0, said.err
     assert said.out.startswith(f"recipe {recipe}: ")
-    needed = ("bench_medusa", "shootout") if recipe == "shootout" else ("bench", "publish")
-    for stage in needed:
+    own = {"shootout": ("bench_medusa", "shootout"), "language_matrix": ("bench_ko", "matrix")}
+    for stage in own.get(recipe, ("bench", "publish")):
         assert f"  {stage}: to do, {tmp_path}/out/stages/{stage}-" in said.out
     assert list(tmp_path.iterdir()) == []
