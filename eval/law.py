@@ -2,23 +2,25 @@
 
 Answers of draft-and-verify and of plain decoding are two samples; if both come from the same law,
 it does not matter which is which. The test exchanges them within each prompt and looks at the
-sequences' log-probabilities under the target, at their lengths and at their first tokens: a wrong
-rule that prefers the drafter's tokens may leave the log-probabilities where they were.
+sequences' log-probabilities under the target, at their lengths and at how much the drafter favours
+their first tokens: a wrong rule lets too many of its guesses through, or too few, and may yet leave
+log-probabilities where they were.
 
 Shapes: B answers decoded together, T their tokens, M tokens of a pass, V vocabulary, R exchanges,
-n answers of a prompt in both arms, C kinds of first tokens. p is the target's law.
+n answers of a prompt in both arms, C kinds of answers. p is the target's law, q the drafter's.
 """
 
-from collections.abc import Callable, Iterator, Sized
-from itertools import islice
+from collections.abc import Callable, Sized
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from decoding.loop import decode
-from decoding.round import Draft
+from decoding.loop import State, decode
+from decoding.round import Draft, Seen
 from decoding.sampling import Sampling
 from decoding.target import Target
 from decoding.verify import Rule
@@ -27,6 +29,7 @@ from drafters.base import Drafter
 Array = NDArray[np.float64]
 
 PROMPTS = 4
+LEAD = 3  # tokens of an answer that are drawn beforehand, for both arms alike
 DUE = 2000  # answers of each arm that the protocol asks for
 LEVEL = 1e-4  # of the three statistics together: a third of it each (Bonferroni)
 EXCHANGES = 40_000  # p cannot be less than 1 / (1 + this), which must be below that third
@@ -34,8 +37,7 @@ ENOUGH = 20  # exchanges as extreme as what was seen: p is then known well enoug
 TOGETHER = 256
 FLOATS = 2**24  # most of the numbers B x M x V that verification holds at once
 WIDEST = 8  # M that this reckons with
-FIRST = 4  # tokens of an answer whose kinds are counted
-RARE = 5  # a token seen less often, in both arms together, counts as one of the rest
+KINDS = 8  # of first tokens, each of about this share of the target's law
 
 Distance = tuple[Array, Callable[[Array], Array]]
 """Signs [n] of the answers to one prompt (+1/n in an arm, -1/n in the other), and the distance [R]
@@ -53,7 +55,7 @@ def compare(
     rule: Rule | None = None,
 ) -> dict:
     """{passed, found, p_values, n}: answers with the drafter against plain ones, `samples` of each
-    over the shortest of the prompts, at most `tokens` tokens long; 0 samples test nothing.
+    behind the shortest of the prompts, at most `tokens` tokens long; 0 samples test nothing.
 
     Raises ValueError at temperature 0, where there is no law to test.
     """
@@ -62,27 +64,20 @@ def compare(
     if samples < 1:
         said = "not tested on this model: its number of samples is 0"
         return {"passed": True, "found": said, "p_values": {}, "n": 0}
-    some = sorted(prompts, key=len)[:PROMPTS]
+    some = [_led(target, p, sampling) for p in sorted(prompts, key=len)[:PROMPTS]]
     each = -(-samples // len(some))
-    distances: dict[str, list[Distance]] = {"log-probability": [], "length": [], "tokens": []}
+    distances: dict[str, list[Distance]] = {"log-probability": [], "length": [], "first token": []}
     for number, prompt in enumerate(some):
-        first = 2 * each * number  # every answer is a request of its own
-        batches = [
-            _batches(range(begin, begin + each), target.shape.vocab_size)
-            for begin in (first, first + each)
-        ]
         a, b = (
-            [
-                ids
-                for r in requests
-                for ids in _answers(target, d, prompt, sampling, tokens, rule, r)
-            ]
-            for d, requests in zip((None, drafter), batches, strict=True)
+            _answers(target, ours, prompt, sampling, tokens, rule, range(begin, begin + each))
+            for ours, begin in ((None, 2 * each * number), (drafter, 2 * each * number + each))
         )
         logs = (_log_law(target, prompt, answers, sampling) for answers in (a, b))
         distances["log-probability"].append(energy(*logs))
         distances["length"].append(energy(*(np.array([*map(len, ids)]) for ids in (a, b))))
-        distances["tokens"].append(kinds(a, b))
+        kind_V = favoured(target, drafter, prompt, sampling)
+        firsts = (kind_V[[ids[0] for ids in answers]] for answers in (a, b))
+        distances["first token"].append(counts(*firsts))
     rng = np.random.default_rng(sampling.seed)
     p = {name: p_value(each_prompt, rng) for name, each_prompt in distances.items()}
     return {
@@ -107,7 +102,7 @@ def p_value(distances: list[Distance], rng: np.random.Generator) -> float:
         total_R = np.zeros(R)
         for sign_n, distance in distances:
             total_R += distance(rng.permuted(np.broadcast_to(sign_n, (R, len(sign_n))), axis=1))
-        extreme += int((total_R >= seen * (1 - 1e-9)).sum())  # equal ones differ in the last bit
+        extreme += int((total_R >= seen * (1 - 1e-9) - 1e-12).sum())  # equal up to rounding
         drawn += R
     return (1 + extreme) / (1 + drawn)
 
@@ -127,33 +122,68 @@ def energy(a: Array, b: Array) -> Distance:
     return _signs(a, b)[order], distance
 
 
-def kinds(a: list[list[int]], b: list[list[int]]) -> Distance:
-    """Of answers: chi-square of how often each token stands first, second, ... FIRST-th."""
-    member_nC = []
-    for position in range(FIRST):
-        tokens_n = np.array([ids[position] if position < len(ids) else -1 for ids in (*a, *b)])
-        found, kind_n, count = np.unique(tokens_n, return_inverse=True, return_counts=True)
-        kind_n = np.where(count[kind_n] < RARE, len(found), kind_n)
-        member_nC += [kind_n == kind for kind in np.unique(kind_n)]
-    matrix_nC = np.array(member_nC, dtype=np.float64).T
-    weight_C = len(matrix_nC) / matrix_nC.sum(0)
+def counts(a: NDArray[np.int64], b: NDArray[np.int64]) -> Distance:
+    """Of kinds: chi-square of how often each occurs."""
+    _, kind_n = np.unique(np.concatenate([a, b]), return_inverse=True)
+    member_nC = np.eye(kind_n.max() + 1)[kind_n]
+    weight_C = len(kind_n) / member_nC.sum(0)
 
     def distance(sign_Rn: Array) -> Array:
-        return (sign_Rn @ matrix_nC) ** 2 @ weight_C
+        return (sign_Rn @ member_nC) ** 2 @ weight_C
 
     return _signs(a, b), distance
+
+
+@torch.inference_mode()
+def favoured(
+    target: Target, drafter: Drafter, prompt: list[int], sampling: Sampling
+) -> NDArray[np.int64]:
+    """The kind of each token [V] as the first of an answer, from 0: in the order of q / p, and of
+    about 1 / KINDS of p each. q is 1 for what is drafted with certainty."""
+    heard = _Heard(drafter, drafter.taps)
+    decode(target, heard, [prompt], sampling=sampling, max_new_tokens=1)
+    logits_V = target.logits(target(torch.tensor([prompt], device=target.device)).hidden_BTD[0, -1])
+    p_V = sampling.law(logits_V).double().cpu()
+    q_V = torch.zeros_like(p_V)
+    draft = heard.draft
+    if draft is not None and draft.q_BMV is not None:
+        q_V = draft.q_BMV[0, 0].double().cpu()
+    elif draft is not None:
+        at_root = (draft.parents_BN[0, : draft.size[0]] == -1).cpu()
+        q_V[draft.ids_BN[0, : draft.size[0]].cpu()[at_root]] = 1
+    order = (q_V / p_V.clamp(min=torch.finfo(torch.float32).tiny)).argsort(descending=True)
+    kind_V = np.empty(len(p_V), dtype=np.int64)
+    before_V = (p_V[order].cumsum(0) - p_V[order]).numpy()
+    kind_V[order.numpy()] = np.minimum(before_V * KINDS, KINDS - 1).astype(np.int64)
+    return kind_V
+
+
+@dataclass
+class _Heard:
+    """A drafter whose first draft is kept."""
+
+    drafter: Drafter
+    taps: tuple[int, ...]
+    draft: Draft | None = None
+
+    def start(self, *arguments: Any) -> State:
+        return self.drafter.start(*arguments)
+
+    def propose(self, state: Any, seen: Seen, target: Target) -> Draft:
+        draft = self.drafter.propose(state, seen, target)
+        self.draft = self.draft or draft
+        return draft
 
 
 def _signs(a: Sized, b: Sized) -> Array:
     return np.concatenate([np.full(len(a), 1 / len(a)), np.full(len(b), -1 / len(b))])
 
 
-def _batches(requests: range, vocabulary: int) -> Iterator[list[int]]:
-    """As many together as memory allows: the law over the vocabulary stands at every node."""
-    size = max(1, min(TOGETHER, FLOATS // (WIDEST * vocabulary)))
-    rest = iter(requests)
-    while batch := list(islice(rest, size)):
-        yield batch
+def _led(target: Target, prompt: list[int], sampling: Sampling) -> list[int]:
+    """The prompt and the first tokens of an answer to it: at the very first, any of thousands may
+    follow, and a drafter knows it, so that a wrong rule would have little to do."""
+    drawn = decode(target, None, [prompt], sampling=sampling, max_new_tokens=LEAD).answers[0]
+    return prompt if drawn.ended else prompt + drawn.ids
 
 
 def _answers(
@@ -163,13 +193,20 @@ def _answers(
     sampling: Sampling,
     tokens: int,
     rule: Rule | None,
-    requests: list[int],
+    requests: range,
 ) -> list[list[int]]:
-    done = decode(
-        target, drafter, [prompt] * len(requests), sampling=sampling, max_new_tokens=tokens,
-        rule=rule, requests=requests,
-    )  # fmt: skip
-    return [answer.ids for answer in done.answers]
+    """One answer a request, as many together as memory allows: verification holds the law at every
+    node."""
+    size = max(1, min(TOGETHER, FLOATS // (WIDEST * target.shape.vocab_size)))
+    found = []
+    for begin in range(requests.start, requests.stop, size):
+        some = list(range(begin, min(begin + size, requests.stop)))
+        done = decode(
+            target, drafter, [prompt] * len(some), sampling=sampling, max_new_tokens=tokens,
+            rule=rule, requests=some,
+        )  # fmt: skip
+        found += [answer.ids for answer in done.answers]
+    return found
 
 
 @torch.inference_mode()

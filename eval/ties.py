@@ -103,7 +103,8 @@ def judge(
     with _full_precision(), torch.inference_mode():
         ids_T = torch.tensor([prompt + before], device=exact.device)
         due_V = exact.logits(exact(ids_T).hidden_BTD[0, -1]).double()
-    kept = chain([n + 1 for n in accepted or []], repeat(width))
+    stood = [n + 1 for n in accepted or []]
+    kept, width = chain(stood, repeat(width)), max([width, *stood])
     one_V = _replayed(model, prompt, before, repeat(1), 1, rows)
     many_V = _replayed(model, prompt, before, kept, width, rows)
     replay = Replay(

@@ -88,6 +88,15 @@ def test_pairing_finds_what_the_spread_of_prompts_would_hide(tmp_path: Path) -> 
     assert "share 0 prompts, so they are compared unpaired" in warned(a, far)
 
 
+def test_what_a_repeat_shows_is_no_difference(tmp_path: Path) -> None:
+    """A bench run again came out 2 % slower, with an interval over prompts of less than that."""
+    b = side(tmp_path / "b", speed=2 * 0.98)
+    (found,) = compared(side(tmp_path / "a"), b)
+    speedup = found["measures"]["speedup"]
+    assert speedup["change"]["high"] < 1
+    assert speedup["verdict"] == "no difference shown"
+
+
 def test_a_faster_machine_is_not_a_better_drafter(tmp_path: Path) -> None:
     a, b = side(tmp_path / "a"), side(tmp_path / "b", seed=1, plain=0.8)
     (found,) = compared(a, b)

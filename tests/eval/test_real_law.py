@@ -1,6 +1,7 @@
 """The two-sample test: honest decoding passes, wrong rules do not, and p is what p should be."""
 
 import copy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def compared(rule: Rule | None = None, **options: Any) -> dict[str, Any]:
 def test_honest_decoding_passes(options: dict[str, Any]):
     found = compared(**options)
     assert found["passed"], found
-    assert set(found["p_values"]) == {"log-probability", "length", "tokens"}
+    assert set(found["p_values"]) == {"log-probability", "length", "first token"}
     assert found["n"] == 900
 
 
@@ -109,15 +110,32 @@ def test_exchanges_stay_within_a_prompt():
     assert law.p_value([law.energy(*pooled)], rng) > 0.05
 
 
-def test_kinds_see_other_tokens_where_lengths_and_log_probabilities_agree():
+def test_counts_see_other_shares_and_pass_the_same():
     rng = np.random.default_rng(0)
-    one, two = (rng.choice(6, size=(300, 3), p=p).tolist() for p in (
-        [0.4, 0.2, 0.1, 0.1, 0.1, 0.1], [0.2, 0.4, 0.1, 0.1, 0.1, 0.1],
-    ))  # fmt: skip
-    assert law.p_value([law.kinds(one, two)], rng) < 1e-4
-    again = rng.choice(6, size=(300, 3), p=[0.4, 0.2, 0.1, 0.1, 0.1, 0.1]).tolist()
-    assert law.p_value([law.kinds(one, again)], rng) > 1e-3
-    assert law.p_value([law.kinds([[1]] * 9, [[1]] * 9)], rng) == 1
+    one, two, three = (
+        rng.choice(3, size=400, p=p) for p in ([0.6, 0.2, 0.2], [0.4, 0.4, 0.2], [0.6, 0.2, 0.2])
+    )
+    assert law.p_value([law.counts(one, two)], rng) < 1e-4
+    assert law.p_value([law.counts(one, three)], rng) > 1e-3
+    assert law.p_value([law.counts(one * 0, two * 0)], rng) == 1
+
+
+def test_first_tokens_are_sorted_by_how_much_the_drafter_favours_them():
+    model = tiny_target(vocab=24, spread=0.3, dtype=torch.float32)
+    drafter, sampling = near(model, 0.3), Sampling(1.0)
+    kind_V = law.favoured(model, drafter, PROMPTS[0], sampling)
+    laws = [
+        sampling.law(m.logits(m(torch.tensor(PROMPTS[:1])).hidden_BTD[0, -1]))
+        for m in (model, Target(drafter.model))
+    ]
+    ratio_V = (laws[1] / laws[0]).numpy()
+    kinds = sorted(set(kind_V.tolist()))
+    assert len(kinds) > 4
+    for low, high in pairwise(kinds):
+        assert ratio_V[kind_V == low].min() >= ratio_V[kind_V == high].max()
+    greedy = LM.around(drafter.model, draft_length=2, sample=False)  # drafts with certainty
+    drafted = int(laws[1].argmax())
+    assert law.favoured(model, greedy, PROMPTS[0], sampling)[drafted] == 0
 
 
 def test_a_real_model_follows_its_law_and_a_wrong_rule_does_not(shared: Path):
