@@ -93,7 +93,7 @@ def of_the_law(
             decoded, ours, ids, Sampling(temperature=t, seed=seed), samples=samples
         )
         for t in temperatures
-        if t > 0
+        if t > 0 and samples
     }
 
 
