@@ -109,6 +109,10 @@ def _explain(error: Exception, words: list[str]) -> str:
         hint = f"; did you mean {near[0]!r}?" if near else "."
         return f"there is no {group} {name!r}{hint} There are: {', '.join(valid)}"
     struck = re.search(r"Could not override '([^']+)'", text)
+    if struck and "@" in struck.group(1):
+        return (
+            f"{struck.group(1)} is not in this recipe: correct it, or add it as +{struck.group(1)}"
+        )
     if struck:
         return _unknown_key(struck.group(1), words) or _one_line(error)
     return _one_line(error)

@@ -37,6 +37,10 @@ MISTAKES = {
         ["recipe=quickstart", "stages.pretrian.schedule.tokens=3"],
         "stages.pretrian is not a setting; did you mean 'pretrain'? Valid names: bench",
     ),
+    "part": (
+        ["recipe=quickstart", "suite@stages.bench.prompts=flores"],
+        "suite@stages.bench.prompts is not in this recipe: correct it, or add it as +suite@stages",
+    ),
     "top": (["recipe=quickstart", "outputdir=x"], "did you mean 'output_dir'? Valid names:"),
     "no value": (["recipe=quickstart", "plan"], "write key=value"),
     "objective": (
