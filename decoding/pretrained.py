@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from decoding.sharded import Sharded, sharding
-from decoding.target import Target, probe
+from decoding.target import Shape, Target, probe
 
 WHOLE = 256 * 2**20  # files up to this many bytes are hashed whole
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -73,6 +73,16 @@ class Pretrained:
             target.to("cuda" if torch.cuda.is_available() else "cpu")
         probe(target)
         return target
+
+    def shape_of(self, folder: Path | None = None) -> Shape:
+        """The target's shape, from its configuration alone."""
+        from transformers import AutoConfig
+
+        place, revision = str(folder or self.path), None if folder else self.revision
+        try:
+            return Shape.of(AutoConfig.from_pretrained(place, revision=revision))
+        except OSError as error:
+            raise OSError(_unreachable(place, error)) from None
 
     def tokenizer(self, folder: Path | None = None) -> Any:
         """The target's tokenizer."""

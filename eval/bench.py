@@ -121,7 +121,8 @@ class Bench:
         require_same_tokenizer(tokenizer, str(drafter))
         ranks = Ranks.here(together=self.target.parallel is not None)
         tell = print if ranks.first else _nothing
-        prompts, grammars, conditions = self._prompts(tokenizer, data)
+        longest = self._longest(target, drafter)
+        prompts, grammars, conditions = self._prompts(tokenizer, data, longest)
         tell(conditions["prompt_source"], flush=True)
         trial, prompts = _split(prompts, self.trial_prompts, self.seed)
 
@@ -129,7 +130,7 @@ class Bench:
         chosen = self._settle(ranks, drafter, target, trial, grammars, tree, kept)
         model = self.target.load(target, chosen.dtype)
         plain = Arm(model, grammars=grammars)
-        prompts = self._with_later_turns(ranks, plain, tokenizer, prompts)
+        prompts = self._with_later_turns(ranks, plain, tokenizer, prompts, longest, out)
         ours = self._drafter(drafter, model, chosen.shape)
         found = self._controls(ranks, drafter, target, model, prompts, chosen.shape)
         for name, control in found.items():
@@ -163,8 +164,19 @@ class Bench:
                 tell(sentence(count), flush=True)
         return _reported(out / "artifact", runs, conditions, found | checks) if ranks.first else {}
 
+    def _longest(self, target: Path | None, drafter: Path) -> int:
+        """The most tokens of a prompt that leaves room for its answer in both models."""
+        shape = self.target.shape_of(target)
+        positions = int(min(shape.max_positions, load(drafter, shape).max_positions))
+        if positions <= self.max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens is {self.max_new_tokens} and the target and drafter have "
+                f"{positions} positions for prompt and answer; lower it"
+            )
+        return min(self.max_prompt_tokens, positions - self.max_new_tokens)
+
     def _prompts(
-        self, tokenizer: Any, data: Path | None
+        self, tokenizer: Any, data: Path | None, longest: int
     ) -> tuple[list[Prompt], Grammars | None, dict[str, Any]]:
         """What is asked, what answers with a schema must match, and the conditions that say so."""
         revisions = {n: c for s in self.prompts.values() for n, c in s.revisions().items()}
@@ -172,7 +184,7 @@ class Bench:
             self.prompts,
             tokenizer,
             limit=self.limit + (self.trial_prompts if len(self.prompts) == 1 else 0),
-            most_tokens=self.max_prompt_tokens,
+            most_tokens=longest,
             heldout_only=self.heldout_only,
             trained_on=data,
         )
@@ -180,6 +192,8 @@ class Bench:
         if any(prompt.schema is not None for prompt in prompts):
             grammars = Grammars(tokenizer)
             fit = [p for p in prompts if p.schema is None or not refusal(p.schema, grammars)]
+            if not fit:
+                raise ValueError("no schema of these prompts can be followed; choose others")
             origin += f", {len(prompts) - len(fit):,} because their schema cannot be followed"
             prompts = fit
         told = {"prompt_source": f"{', '.join(self.prompts)} ({origin})"}
@@ -194,21 +208,35 @@ class Bench:
         return arms | ({} if self.typical is None else {LOSSY: replace(mine, rule=self.typical)})
 
     def _with_later_turns(
-        self, ranks: Ranks, plain: Arm, tokenizer: Any, prompts: list[Prompt]
+        self,
+        ranks: Ranks,
+        plain: Arm,
+        tokenizer: Any,
+        prompts: list[Prompt],
+        longest: int,
+        out: Path,
     ) -> list[Prompt]:
-        """Later turns stand behind the target's own greedy answers to the earlier ones."""
+        """Later turns stand behind the target's own greedy answers to the earlier ones; found once,
+        also over restarts, since rows name prompts by their number."""
+        kept = out / "prompts.json"
 
         def answer(some: list[Prompt]) -> list[list[int]]:
             bar = tqdm(some, desc="earlier turns", disable=not ranks.first)
-            return ranks.decide(
-                lambda: [
-                    plain.answer([p], Sampling(), self.max_new_tokens).answers[0].ids for p in bar
-                ]
-            )
+            answers = [plain.answer([p], Sampling(), self.max_new_tokens).answers[0] for p in bar]
+            return [answer.ids for answer in answers]
 
-        return with_later_turns(
-            prompts, tokenizer, answer, turns=self.turns, most_tokens=self.max_prompt_tokens
-        )
+        def find() -> list[dict[str, Any]]:
+            if kept.is_file():
+                return json.loads(kept.read_text(encoding="utf-8"))
+            asked = with_later_turns(
+                prompts, tokenizer, answer, turns=self.turns, most_tokens=longest
+            )
+            return [asdict(prompt) for prompt in asked]
+
+        found = ranks.decide(find)
+        if ranks.first:
+            write_json(kept, found)
+        return [Prompt(**prompt) for prompt in found]
 
     def _settle(
         self,

@@ -102,6 +102,8 @@ def explanation(
 ) -> dict[str, Any]:
     """Of the measured cells: what a round costs here, the speedup that this and the rounds saved
     predict, and alpha (eval/alpha.py) on the target's own answers."""
+    odd = {_group(run) for run in runs if run["repetitive"]}  # the report leaves them out, too
+    runs = [run for run in runs if _group(run) not in odd] or runs
     cells = sorted({(run["temperature"], run["batch"]) for run in runs if run["arm"] == DRAFTER})
     told: dict[str, Any] = {"predicted": [], "alpha": {}}
     for temperature in sorted({t for t, _ in cells}):
@@ -130,6 +132,10 @@ def explanation(
             ours.on(model), ours, answers[:ANSWERS], sampling
         )
     return told
+
+
+def _group(run: Row) -> tuple[float, int, int]:
+    return run["temperature"], run["batch"], run["group"]
 
 
 def _predicted(costs: cost.Costs, runs: list[Row], batch: int) -> float:

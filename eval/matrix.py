@@ -114,11 +114,15 @@ def _read(name: str, folder: Path) -> Row:
 
 
 def _one_target(measured: dict[str, Row]) -> None:
-    for key in ("target", "target_revision", "parameters_target"):
+    same = ("target", "target_revision", "parameters_target", "dtype", "device", "threads")
+    for key in same:
         found = {name: report["conditions"].get(key) for name, report in measured.items()}
         if len(set(found.values())) > 1:
             told = ", ".join(f"{name}: {value}" for name, value in found.items())
-            raise ValueError(f"a matrix compares drafters for one target, but {key} is {told}")
+            raise ValueError(
+                f"a matrix compares drafters of one target, measured alike, but {key} is "
+                f"{told}; set the benches' dtype, or measure them on one machine"
+            )
 
 
 def _rows(name: str, report: Row) -> Iterator[Row]:

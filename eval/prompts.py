@@ -1,6 +1,6 @@
 """Prompts to measure on: rendered for the target, and none that the drafter was trained on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,8 +23,8 @@ class Prompt:
     task: str
     text: str
     ids: list[int]
-    messages: tuple[Message, ...] = ()
-    later: tuple[str, ...] = ()
+    messages: Sequence[Message] = ()
+    later: Sequence[str] = ()
     schema: str | None = None
 
 

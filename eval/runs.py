@@ -28,14 +28,13 @@ def measure(
     seed: int,
     max_new_tokens: int,
 ) -> list[Row]:
-    """Every run, arms in turn on each group of prompts; cells are (batch, temperature).
+    """Every run, arms in turn on each group of prompts, another one first each time; cells are
+    (batch, temperature).
 
-    Each rank makes its share; a warm arm's runs, which depend on their order, are all the first's.
+    Each rank records its share; a warm arm's runs depend on those before, so each makes them all.
     Runs that stand in `kept` already are not made again, but for those of a warm arm whose repeat
     was cut short: what it had learnt went with the process.
     """
-    for arm in arms.values():  # warm-up: not counted
-        arm.answer(prompts[:1], Sampling(temperature=cells[-1][1], seed=seed), max_new_tokens)
     with (
         Rows(kept, ranks, arms=list(arms), cells=cells) as rows,
         tqdm(total=len(cells) + 1e-6, desc="bench", bar_format=BAR, disable=not ranks.first) as bar,
@@ -44,6 +43,9 @@ def measure(
             groups = groups_of(prompts, batch, temperature, rows.rows)
             if not groups and ranks.first:
                 tqdm.write(f"batch {batch} at T={temperature:g}: not measured, too few prompts")
+            for arm in arms.values() if groups else []:  # warm-up: not counted
+                together = [prompts[i] for i in groups[0]]
+                arm.answer(together, Sampling(temperature=temperature, seed=seed), max_new_tokens)
             for repeat in range(repeats):
                 sampling = Sampling(temperature=temperature, seed=seed + repeat)
                 places = {
@@ -53,13 +55,15 @@ def measure(
                 done = {name: all(place in rows for place in places[name]) for name in arms}
                 _forget(arms)
                 for number, group in enumerate(groups):
-                    for name, arm in arms.items():
-                        place = places[name][number]
-                        if done[name] if arm.warm else place in rows:
+                    first = number % len(arms)
+                    for name in [*arms][first:] + [*arms][:first]:
+                        arm, place = arms[name], places[name][number]
+                        mine = ranks.has(number)
+                        if done[name] if arm.warm else place in rows or not mine:
                             continue
-                        if ranks.has(0 if arm.warm else number):
-                            together = [prompts[i] for i in group]
-                            answered = arm.answer(together, sampling, max_new_tokens)
+                        together = [prompts[i] for i in group]
+                        answered = arm.answer(together, sampling, max_new_tokens)
+                        if mine:
                             rows.add(row(place, group, prompts, answered))
                     bar.update(1 / (repeats * len(groups)))
             rows.meet()

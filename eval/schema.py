@@ -1,7 +1,8 @@
 """Answers that must match a JSON schema: which schemas can be measured on, and how many match."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jsonschema import SchemaError
@@ -18,22 +19,39 @@ def refusal(schema: str, grammars: Grammars) -> str | None:
         grammars.json(schema)
         parsed = json.loads(schema)
         validator_for(parsed).check_schema(parsed)
+        for pattern in _patterns(parsed):
+            re.compile(pattern)
     except SchemaError as error:
         return f"{schema[:80]!r} is no JSON schema: {error.message[:200]}"
+    except re.error as error:
+        return f"{schema[:80]!r} has a pattern that Python does not read: {error}"
     except ValueError as error:
         return str(error)
     return None
 
 
+def _patterns(schema: Any) -> Iterator[str]:
+    """Every regular expression of a schema, and of what stands in it."""
+    if isinstance(schema, Mapping):
+        for key, value in schema.items():
+            if key == "pattern" and isinstance(value, str):
+                yield value
+            elif key == "patternProperties" and isinstance(value, Mapping):
+                yield from value
+            yield from _patterns(value)
+    elif isinstance(schema, list):
+        for item in schema:
+            yield from _patterns(item)
+
+
 def matches(text: str, schema: str) -> bool:
     """Whether the whole text is one JSON value and matches the schema. Nothing is downloaded."""
     parsed = json.loads(schema)
-    try:
-        value = json.loads(text, parse_constant=_no_json)
-    except (ValueError, RecursionError):
-        return False
     validator = validator_for(parsed)(parsed, registry=EMPTY_REGISTRY)
-    return bool(validator.is_valid(value))
+    try:
+        return bool(validator.is_valid(json.loads(text, parse_constant=_no_json)))
+    except (ValueError, RecursionError, OverflowError):  # a schema that refers to itself; 1e400
+        return False
 
 
 def validity(

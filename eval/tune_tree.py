@@ -26,6 +26,7 @@ from drafters.base import Batch, Metrics, Prediction, cast, load, write_json
 from drafters.heads import Heads, ahead
 from drafters.lm import LM
 from drafters.trees import Static, tree_of
+from eval.choice import load_fastest
 from eval.cost import SIZES, between, level_milliseconds, verify_milliseconds
 
 Place = tuple[int, ...]
@@ -65,7 +66,7 @@ class TuneTree:
         """Writes artifact/tree.json (a `tree` of drafters/trees.py), the greedy tree of all nodes
         beside it, and what both were chosen by."""
         require_same_tokenizer(self.target.tokenizer(target), str(drafter))
-        model = self.target.load(target)
+        model, _ = load_fastest(self.target, target)  # as bench will
         ours = load(drafter, model.shape)
         assert isinstance(ours, Heads | LM), f"{type(ours).__name__} grows no trees"
         cast(ours, model.dtype).to(model.device)

@@ -65,7 +65,7 @@ def checks(model: Target, ours: Any) -> dict[str, dict[str, Any]]:
     """Everything that bench asks before it trusts a number."""
     return {
         **controls.run(model, ours, PROMPTS, TOKENS, 0),
-        **timed_controls.run(model, PROMPTS[:2], 12, 0),
+        **timed_controls.run(model, PROMPTS[:2], 12, 0, repeats=5),
         "counting": controls.counted(rows(model, ours), model.end_ids, TOKENS),
         "law": law.compare(model, ours, PROMPTS[:1], Sampling(1.0), samples=800, tokens=6),
     }
@@ -160,6 +160,14 @@ FAULTS: dict[str, tuple[Callable[[Any], None], set[str]]] = {
     "a slow baseline": (slow_baseline, {"null drafter", "baseline speed"}),
     "slow passes": (slow_passes, {"baseline speed"}),
 }  # fmt: skip
+
+
+def test_a_handful_of_pairs_judges_no_time(monkeypatch):
+    """One busy moment may touch them all: their figure is shown, and fails nothing."""
+    slow_baseline(monkeypatch)
+    found = timed_controls.run(target(), PROMPTS[:1], 12, 0)
+    assert found["null drafter"]["overhead"] < 0.8
+    assert found["null drafter"]["passed"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -55,7 +55,7 @@ def test_every_drafter_meets_every_language_and_slower_is_said(tmp_path: Path) -
 
 def test_other_targets_and_no_shared_task_are_refused(tmp_path: Path) -> None:
     a = bench(tmp_path / "a", {"ko": 2.0})
-    with pytest.raises(ValueError, match="one target, but target is ko: one, de: two"):
+    with pytest.raises(ValueError, match="alike, but target is ko: one, de: two"):
         Matrix().run(tmp_path, ko=a, de=bench(tmp_path / "b", {"ko": 1.0}, target="two"))
     with pytest.raises(ValueError, match="share no task; theirs are de, ko"):
         Matrix().run(tmp_path, ko=a, de=bench(tmp_path / "c", {"de": 1.0}))

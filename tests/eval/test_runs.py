@@ -41,8 +41,9 @@ def measured(kept: Path) -> dict[str, Recorded]:
 
 def test_each_repeat_teaches_a_warm_arm_anew(tmp_path: Path):
     arms = measured(tmp_path / "runs.jsonl")
-    repeat = [["forget", *(f"{n}@{t:g}" for n in range(3))] for _, t in CELLS for _ in range(2)]
-    assert arms["warm"].asked == ["0@1", *itertools.chain(*repeat)]  # after the warm-up
+    repeats = [["forget", *(f"{n}@{t:g}" for n in range(3))] * 2 for _, t in CELLS]
+    due = [[f"0@{t:g}", *asked] for (_, t), asked in zip(CELLS, repeats, strict=True)]
+    assert arms["warm"].asked == [*itertools.chain(*due)]  # each cell begins with its warm-up
 
 
 @pytest.mark.parametrize("lost", [1, 2, 3])
@@ -55,8 +56,10 @@ def test_a_restart_makes_a_warm_arms_repeat_again(tmp_path: Path, lost: int):
     arms = measured(kept)
     gone = [json.loads(line) for line in lines[-lost:]]
     plain = [f"{run['group']}@1" for run in gone if run["arm"] == "plain"]
-    assert [a for a in arms["plain"].asked if a != "forget"] == ["0@1", *plain]
-    assert [a for a in arms["warm"].asked if a != "forget"] == ["0@1", "0@1", "1@1", "2@1"]
+    assert [a for a in arms["plain"].asked if a != "forget"] == ["0@0", "0@1", *plain]
+    assert [a for a in arms["warm"].asked if a != "forget"] == [
+        *("0@0", "0@1", "0@1", "1@1", "2@1")
+    ]
 
 
 def test_later_turns_stand_behind_the_targets_own_answers():
