@@ -81,25 +81,35 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def assisted(
+    target: Target, drafter: Path, dtype: str, draft_length: int, tokens: int
+) -> Callable[[list[int], bool], list[int]]:
+    """transformers' `generate` (ids, with the drafter or without): greedy, a constant draft length,
+    no confidence stop, and nothing ends an answer."""
+    theirs = AutoModelForCausalLM.from_pretrained(drafter, dtype=DTYPES[dtype])
+    theirs.generation_config.num_assistant_tokens = draft_length
+    theirs.generation_config.num_assistant_tokens_schedule = "constant"
+    theirs.generation_config.assistant_confidence_threshold = 0.0
+    for model in (target.model, theirs):  # as in our loop: equal texts
+        model.config.eos_token_id = model.generation_config.eos_token_id = None
+
+    def generate(ids: list[int], drafting: bool) -> list[int]:
+        inputs = torch.tensor([ids])
+        with torch.inference_mode():
+            out = target.model.generate(
+                inputs, attention_mask=torch.ones_like(inputs), do_sample=False, pad_token_id=0,
+                max_new_tokens=tokens, assistant_model=theirs if drafting else None,
+            )  # fmt: skip
+        return out[0, len(ids) :].tolist()
+
+    return generate
+
+
 def engines(asked: argparse.Namespace, target: Target) -> dict[str, Arm]:
     """The four arms: each answers a prompt and returns the new tokens."""
     ours = cast(load(asked.drafter, target.shape), target.dtype)
     ours.draft_length = asked.draft_length
-    theirs = AutoModelForCausalLM.from_pretrained(asked.drafter, dtype=DTYPES[asked.dtype])
-    theirs.generation_config.num_assistant_tokens = asked.draft_length
-    theirs.generation_config.num_assistant_tokens_schedule = "constant"
-    theirs.generation_config.assistant_confidence_threshold = 0.0
-    for model in (target.model, theirs):  # nothing ends an answer, as in our loop: equal texts
-        model.config.eos_token_id = model.generation_config.eos_token_id = None
-
-    def generate(ids: list[int], assistant: object) -> int:
-        inputs = torch.tensor([ids])
-        with torch.inference_mode():
-            out = target.model.generate(
-                inputs, attention_mask=torch.ones_like(inputs), do_sample=False,
-                max_new_tokens=asked.tokens, assistant_model=assistant, pad_token_id=0,
-            )  # fmt: skip
-        return out[0, len(ids) :].tolist()
+    generate = assisted(target, asked.drafter, asked.dtype, asked.draft_length, asked.tokens)
 
     def loop(ids: list[int], drafter: object) -> list[int]:
         return decode(
@@ -109,9 +119,9 @@ def engines(asked: argparse.Namespace, target: Target) -> dict[str, Arm]:
 
     return {
         "ours, plain": lambda ids: loop(ids, None),
-        "transformers, plain": lambda ids: generate(ids, None),
+        "transformers, plain": lambda ids: generate(ids, False),
         "ours, speculative": lambda ids: loop(ids, ours),
-        "transformers, speculative": lambda ids: generate(ids, theirs),
+        "transformers, speculative": lambda ids: generate(ids, True),
     }
 
 

@@ -18,12 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from benchmarks.arms import source, told
+from benchmarks.decode_engine import assisted
 from decoding.loop import decode
-from decoding.pretrained import DTYPES, Pretrained
+from decoding.pretrained import Pretrained
 from decoding.sampling import Sampling
 from drafters.base import cast, load, write_json
 from eval.prompts import collect
@@ -45,7 +43,7 @@ def main() -> None:
         heldout_only=False, trained_on=None,
     )  # fmt: skip
     ids = [prompt.ids for prompt in prompts]
-    found = {"ours": ours(asked, spec, ids), "transformers": assisted(asked, spec, ids)}
+    found = {"ours": ours(asked, spec, ids), "transformers": transformers(asked, spec, ids)}
     if asked.vllm:
         found["vllm"] = vllm(asked, ids)
     truth = found["ours"]["plain"]["ids"]
@@ -106,33 +104,17 @@ def ours(asked: argparse.Namespace, spec: Pretrained, ids: list[list[int]]) -> d
     return runs
 
 
-def assisted(asked: argparse.Namespace, spec: Pretrained, ids: list[list[int]]) -> dict[str, Any]:
-    target = spec.load().model
-    theirs = AutoModelForCausalLM.from_pretrained(asked.drafter, dtype=DTYPES[asked.dtype])
-    settings = theirs.generation_config
-    settings.num_assistant_tokens = asked.draft_length
-    settings.num_assistant_tokens_schedule = "constant"
-    settings.assistant_confidence_threshold = 0.0
-    for model in (target, theirs):
-        model.config.eos_token_id = model.generation_config.eos_token_id = None
-    calls = [0]
-    target.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
-
-    def generate(prompt: list[int], assistant: Any) -> list[int]:
-        inputs = torch.tensor([prompt])
-        with torch.inference_mode():
-            out = target.generate(
-                inputs, attention_mask=torch.ones_like(inputs), do_sample=False,
-                max_new_tokens=asked.tokens, assistant_model=assistant, pad_token_id=0,
-            )  # fmt: skip
-        return out[0, len(prompt) :].tolist()
-
+def transformers(
+    asked: argparse.Namespace, spec: Pretrained, ids: list[list[int]]
+) -> dict[str, Any]:
+    target, calls = spec.load(), [0]
+    generate = assisted(target, asked.drafter, asked.dtype, asked.draft_length, asked.tokens)
+    target.model.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     runs = {}
-    for how, model in (("plain", None), ("speculative", theirs)):
-        generate(ids[0], model)
-        calls[0] = 0
-        begin = time.perf_counter()
-        answers = [generate(prompt, model) for prompt in ids]
+    for how, drafting in (("plain", False), ("speculative", True)):
+        generate(ids[0], drafting)
+        calls[0], begin = 0, time.perf_counter()
+        answers = [generate(prompt, drafting) for prompt in ids]
         runs[how] = told_run(answers, time.perf_counter() - begin)
         runs[how] |= {"tokens_per_call": sum(map(len, answers)) / calls[0]}
     return runs

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.pack import Packed
-from drafters.base import Batch, Metrics
+from drafters.base import Batch, Metrics, write_json
 from eval.controls import Failed
 from train import checkpoint
 from train.engine import Engine, barrier, join, sum_over_ranks
@@ -77,10 +77,12 @@ class Loop:
         every = every or max(1, plan.steps // REPORTS)
         seconds = 0.0  # in steps alone
         found, fault = dict[str, float](), None
-        if first == plan.steps:
+        blamed = self.out / "fault.json"  # why an earlier start ended; asked again before going on
+        if first == plan.steps or blamed.is_file():
             found, fault = self._validate(engine, step_fn, look, best, first)
+            blamed.unlink(missing_ok=True)
         with self._bar(first) as bar:
-            for step in range(first, plan.steps):
+            for step in range(first, plan.steps if not fault else first):
                 begin = time.perf_counter()
                 measured = self._step(engine, step_fn, step, micro)
                 seconds += time.perf_counter() - begin
@@ -101,6 +103,8 @@ class Loop:
                         "command goes on from there"
                     )
         if fault:
+            if self.rank == 0:
+                write_json(blamed, {"fault": fault})
             raise Failed(fault)
         engine.finish()
         self.tracker.close()

@@ -7,14 +7,14 @@ import pytest
 from omegaconf.errors import OmegaConfBaseException
 
 from decoding.target import Shape
+from tests.drafters.contract import FAMILIES, is_trained
 from tests.train.composing import ROOT, compose
 from train.compose import bind, build, find
 from train.plan import Planned, plan
 
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml"))
 DRAFTERS = sorted(p.stem for p in (ROOT / "conf" / "drafter").glob("*.yaml"))
-UNTRAINED = ("ngram", "token_recycling", "trigram", "suffix", "layer_skip")
-TRAINED = [name for name in DRAFTERS if name not in UNTRAINED]
+TRAINED = [name for name in DRAFTERS if name not in FAMILIES or is_trained(name)]
 SEVERAL = ("shootout", "language_matrix")  # drafters in one recipe
 OWN_SETTINGS = ("ko_eagle3", "ko_medusa", "ko_medusa2")  # of their own family, which no other has
 SMALL = {"eagle3": {"vocabulary": None}}
