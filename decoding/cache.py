@@ -19,7 +19,7 @@ class Cache:
 
     def __init__(self, layers: int, rows: int, capacity: int) -> None:
         self.length = [0] * rows
-        self.capacity = capacity
+        self.rows, self.capacity = rows, capacity
         self._keys: list[Tensor | None] = [None] * layers
         self._values: list[Tensor | None] = [None] * layers
         self._write: tuple[Tensor, Tensor] | None = None
@@ -32,12 +32,7 @@ class Cache:
         self._width = longest + after + tokens
         if self._width > self.capacity:
             self._grow(self._width + GROWTH)
-        self._write = None
-        if self._begin != longest + after:
-            start_B1 = torch.tensor(self.length, device=device)[:, None]
-            slots_BM = start_B1 + after + torch.arange(tokens, device=device)
-            rows_B1 = torch.arange(len(self.length), device=device)[:, None]
-            self._write = (rows_B1, slots_BM)
+        self._write = self._where(tokens, device, after)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
         """Stores [B, H, M, d] and returns what the pass attends to, [B, H, W, d]."""
@@ -87,11 +82,22 @@ class Cache:
 
     def select(self, rows: list[int]) -> None:
         """Keeps some of the rows."""
-        self.length = [self.length[r] for r in rows]
+        self.length, self.rows = [self.length[r] for r in rows], len(rows)
         for store in (self._keys, self._values):
             for layer, tensor in enumerate(store):
                 if tensor is not None:
                     store[layer] = tensor[torch.tensor(rows, device=tensor.device)]
+
+    def _where(self, tokens: int, device: torch.device, after: int) -> tuple[Tensor, Tensor] | None:
+        """Where a pass writes: rows [B, 1] and each row's slots [B, M]; None: all rows at one."""
+        if min(self.length) == max(self.length):
+            return None
+        return self._scattered(tokens, device, after)
+
+    def _scattered(self, tokens: int, device: torch.device, after: int) -> tuple[Tensor, Tensor]:
+        start_B1 = torch.tensor(self.length, device=device)[:, None]
+        rows_B1 = torch.arange(len(self.length), device=device)[:, None]
+        return rows_B1, start_B1 + after + torch.arange(tokens, device=device)
 
     def _gather(self, row: int, nodes: list[int]) -> None:
         """Moves the path's entries to stand right behind the root's (sources precede no target)."""
@@ -103,9 +109,9 @@ class Cache:
                     tensor[row, :, behind_root : behind_root + len(nodes)] = tensor[row, :, source]
 
     def _allocate(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        B, H, _, d = keys.shape
-        store_k = keys.new_zeros(B, H, self.capacity, d)
-        store_v = values.new_zeros(B, H, self.capacity, values.shape[-1])
+        _, H, _, d = keys.shape
+        store_k = keys.new_zeros(self.rows, H, self.capacity, d)
+        store_v = values.new_zeros(self.rows, H, self.capacity, values.shape[-1])
         self._keys[layer], self._values[layer] = store_k, store_v
         return store_k, store_v
 

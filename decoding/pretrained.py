@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 import torch
 
+from decoding.graphs import Graphs
+from decoding.probe import probe
 from decoding.sharded import Sharded, sharding
-from decoding.target import Shape, Target, probe
+from decoding.target import Shape, Target
 
 WHOLE = 256 * 2**20  # files up to this many bytes are hashed whole
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -23,6 +25,7 @@ class Pretrained:
     `path` null says that a stage of the recipe trains the target. `chat_template` (Jinja) is for
     targets whose tokenizer comes without one; `thinking` sets the template's enable_thinking.
     `parallel: tensor` shards a target that is too large for one device over all ranks of a stage.
+    `graphs`: its scoring passes are replayed as CUDA graphs (bench and tune_tree set it).
     """
 
     path: str | None = None
@@ -32,6 +35,7 @@ class Pretrained:
     chat_template: str | None = None
     thinking: bool | None = None
     parallel: Literal["tensor"] | None = None
+    graphs: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -40,6 +44,11 @@ class Pretrained:
             raise ValueError(
                 f"target.parallel is {self.parallel!r}; it must be tensor (sharded over the ranks) "
                 "or null (whole on each); ZeRO-3 is not supported for targets"
+            )
+        if self.graphs and self.parallel:
+            raise ValueError(
+                "graphs is true, and CUDA graphs need a device that holds the whole target; set "
+                "target.parallel=null or graphs=false"
             )
 
     def fingerprint(self) -> str:
@@ -61,6 +70,8 @@ class Pretrained:
     def load(self, folder: Path | None = None, dtype: str | None = None) -> Target:
         """The frozen model from `folder` (a stage's artifact) or from `path`."""
         place, revision = str(folder or self.path), None if folder else self.revision
+        if self.graphs and not torch.cuda.is_available():  # asked here: plans are made elsewhere
+            raise ValueError("graphs is true, and there is no CUDA device; set graphs=false")
         try:
             parts = sharding(place, revision, self.name) if self.parallel else {}
             model = _model(place, revision=revision, dtype=DTYPES[dtype or self.dtype], **parts)
@@ -69,6 +80,7 @@ class Pretrained:
         target = (Sharded if parts else Target)(model, name=self.name)
         hub = None if folder else getattr(model.config, "_commit_hash", None)
         target.revision = revision or hub or contents_hash(place)
+        target.graphs = Graphs(target.shape.layers) if self.graphs else None
         if not parts:  # a part of a model is where it belongs already
             target.to("cuda" if torch.cuda.is_available() else "cpu")
         probe(target)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from decoding.cache import Cache
+from decoding.graphs import Graphs, Standing, Tensors
 from decoding.round import Draft, Scored, Seen, Verdict
 from decoding.tree import ancestors, depths
 
@@ -91,6 +92,7 @@ class Target(nn.Module):
         refuse_what_cannot_be_cropped(model, name)
         self.model = model.eval().requires_grad_(False)
         self.name = name
+        self.graphs: Graphs | None = None  # set: scoring passes have fixed shapes and are replayed
         self.revision: str | None = None  # of the Hub, or a hash of the files it was loaded from
         self.shape = Shape.of(model.config)
         config = model.config.get_text_config()
@@ -182,7 +184,7 @@ class Target(nn.Module):
             parents_BN = draft.parents_BN.to(device)
             mask = cache.mask(ancestors(parents_BN))
             positions_BM = start_B1 + depths(parents_BN)
-        out = self._states(ids_BM, positions_BM, mask, cache, taps)
+        out = self._score(ids_BM, positions_BM, mask, cache, taps)
         return Scored(self.logits(out.hidden_BTD), out.hidden_BTD, out.taps_BTLD)
 
     @torch.inference_mode()
@@ -205,7 +207,28 @@ class Target(nn.Module):
         return Seen(ids_BS, count, length, hidden_BSD, taps, draft, scored)
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
+        if self.graphs is not None:
+            return self.graphs.new_cache(rows, capacity)
         return Cache(self.shape.layers, rows, capacity)
+
+    def _score(
+        self,
+        ids_BM: Tensor,
+        positions_BM: Tensor,
+        mask: Tensor,
+        cache: Cache,
+        taps: tuple[int, ...],
+    ) -> TargetOut:
+        """The states of a scoring pass, replayed where the cache stands still."""
+        if not isinstance(cache, Standing):
+            return self._states(ids_BM, positions_BM, mask, cache, taps)
+
+        def run(given: Tensors, inner: Cache) -> Tensors:
+            out = self._states(*given, inner, taps)
+            return (out.hidden_BTD,) if out.taps_BTLD is None else (out.hidden_BTD, out.taps_BTLD)
+
+        hidden, *more = cache.replay((ids_BM, positions_BM, mask), (*ids_BM.shape, *taps), run)
+        return TargetOut(hidden, more[0] if more else None)
 
     def _states(
         self,
@@ -287,57 +310,3 @@ def _has_window(model: Any, config: Any) -> bool:
         return False
     own = [m.sliding_window for m in model.modules() if hasattr(m, "sliding_window")]
     return len(own) < config.num_hidden_layers or any(own)
-
-
-def probe(target: Target) -> None:
-    """A packed pass and a drafted tree of a handful of tokens must give the model's own logits:
-    some models scale them on the way, others do not read our mask, positions or cache."""
-    model = type(target.model).__name__
-    try:
-        gaps = _gaps(target)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"{target.name}: {model} does not run with a mask, positions and a cache of ours "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); choose a target with "
-            "ordinary full attention in every layer"
-        ) from error
-    what = {
-        "head": "changes them on their way from the last state",
-        "mask": "does not keep packed documents apart",
-        "cache": "does not read a tree of drafted tokens over our cache",
-    }
-    for key, gap in gaps.items():
-        if not gap <= (0.01 if target.dtype.itemsize >= 4 else 0.05):
-            raise ValueError(
-                f"{target.name}: logits differ from the model's own by {gap:.1%} of their spread "
-                f"because {model} {what[key]} in a way that is not supported; choose another target"
-            )
-
-
-@torch.inference_mode()
-def _gaps(target: Target) -> dict[str, float]:
-    """How far our logits are from the model's own over two sequences that part after three."""
-    # spread over the vocabulary: the first ids are bytes and marks that training may never show
-    ids_T = torch.arange(1, 8, device=target.device) * target.shape.vocab_size // 8
-    ids_BT = ids_T[torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, 5, 6]], device=target.device)]
-    own = target.model(input_ids=ids_BT, output_hidden_states=True)
-    own_BTV = own.logits.float()
-    doc_BT = torch.tensor([[0] * 5 + [1] * 5], device=target.device)
-    packed_BTV = target.logits(target(ids_BT.view(1, -1), doc_BT=doc_BT).hidden_BTD)
-    cache = target.new_cache(1, 8)
-    target.prefill(ids_T[None, :3], [3], cache)
-    draft = Draft(ids_T[None, [3, 5, 4, 6]], torch.tensor([[-1, -1, 0, 1]]), [4])
-    drafted_MV = target.score(ids_T[2:3], draft, cache).logits_BMV[0].float()
-    due_MV = own_BTV[[0, 0, 1, 0, 1], [2, 3, 3, 4, 4]]
-    spread = (own_BTV - own_BTV.mean(-1, keepdim=True)).pow(2).mean().sqrt()
-
-    def gap(ours: Tensor, due: Tensor) -> float:
-        return ((ours - due).pow(2).mean().sqrt() / spread).item()
-
-    return {
-        "head": gap(target.logits(own.hidden_states[-1]).float(), own_BTV),
-        "mask": gap(packed_BTV.float().view_as(own_BTV), own_BTV),
-        "cache": gap(drafted_MV, due_MV),
-    }

@@ -45,7 +45,7 @@ class Bench:
     Batch sizes above 1 are measured on prompts whose answers were not repetitive. Up to `turns`
     turns of a conversation are asked. typical: adds an arm that verifies by Medusa's lossy rule,
     and says so in its name. law_samples: answers of each arm that the test of the sampling law
-    draws at each temperature above 0; 0 leaves it out.
+    draws at each temperature above 0; 0 leaves it out. graphs: decoding/graphs.py (needs a GPU).
     """
 
     on_device = True
@@ -73,6 +73,7 @@ class Bench:
         sample: bool = True,
         turns: int = 2,
         law_samples: int = 2000,
+        graphs: bool = False,
         seed: int = 0,
     ) -> None:
         sizes = [limit, max_new_tokens, repeats, trial_prompts, control_prompts, turns]
@@ -86,7 +87,7 @@ class Bench:
         if not any(prompts.values()):
             raise ValueError("bench has no prompts; give /data@stages.bench.prompts.TASK a source")
         self.prompts = {task: source for task, source in prompts.items() if source is not None}
-        self.target, self.heldout_only = target, heldout_only
+        self.target, self.heldout_only = replace(target, graphs=graphs), heldout_only
         self.limit, self.max_prompt_tokens, self.max_new_tokens = (
             limit, max_prompt_tokens, max_new_tokens,
         )  # fmt: skip
@@ -155,7 +156,7 @@ class Bench:
         for name, control in checks.items():
             tell(f"control, {name}: {control['found']}", flush=True)
         conditions |= more | self._settings(chosen, "target_change" in more)
-        conditions |= {"ranks": ranks.world}
+        conditions |= {"ranks": ranks.world, "graphs": self.target.graphs}
         conditions |= {"parallel": self.target.parallel} if ranks.together else {}
         if grammars is not None:
             schemas = [p.schema for p in prompts]

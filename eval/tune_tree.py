@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, K levels.
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class TuneTree:
     """Chooses a static tree for a drafter that grows trees.
 
     nodes: at most so many; depth: at most so deep (and no deeper than the drafter has heads);
-    ranks: a node has at most so many children; rows: answers to count on.
+    ranks: a node has at most so many children; rows: answers to count on; graphs: as in bench.
     """
 
     on_device = True
@@ -51,13 +52,15 @@ class TuneTree:
         ranks: int = 8,
         rows: int = 400,
         batch_size: int = 16,
+        graphs: bool = False,
     ) -> None:
         if min(nodes, depth, ranks, rows, batch_size) < 1:
             raise ValueError(
                 f"tune_tree has nodes {nodes}, depth {depth}, ranks {ranks}, rows {rows}, "
                 f"batch_size {batch_size}; each must be at least 1"
             )
-        self.target, self.nodes, self.depth, self.ranks = target, nodes, depth, ranks
+        self.target = replace(target, graphs=graphs)
+        self.nodes, self.depth, self.ranks = nodes, depth, ranks
         self.rows, self.batch_size = rows, batch_size
 
     def run(

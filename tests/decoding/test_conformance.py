@@ -20,8 +20,9 @@ from toys import tiny_target
 
 from decoding.loop import decode
 from decoding.pretrained import Pretrained
+from decoding.probe import probe
 from decoding.round import Draft, Verdict
-from decoding.target import Shape, Target, probe
+from decoding.target import Shape, Target
 
 TAPS = (0, 1, 2, 3)
 ALL = [(name, tied) for name in ARCHITECTURES for tied in (True, False)]
