@@ -3,13 +3,17 @@ PYTHON ?= python3
 PY = .venv/bin/python
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart test soak check format clean
 
 quickstart: .venv/ready
 	$(PY) -m train recipe=quickstart
 
 test: .venv/ready
 	$(PY) -m pytest
+
+# long loops of faults; DRAFTSMITH_SOAK_MINUTES bounds them
+soak: .venv/ready
+	$(PY) -m pytest -m soak tests
 
 check: .venv/ready
 	.venv/bin/ruff format --check .

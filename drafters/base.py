@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, S newly committed tokens, N drafted nodes, V vocabula
 """
 
 import importlib
+import inspect
 import json
 import math
 import re
@@ -21,8 +22,10 @@ from decoding.loop import State
 from decoding.round import Draft, Seen
 from decoding.sampling import Sampling
 from decoding.target import Shape, Target, TargetOut
+from drafters.files import Digests, damage, digests, write_json
 
 _HERE = Path(__file__).parent
+NOTE = "drafter.json"
 M = TypeVar("M", bound=nn.Module)
 Metrics = dict[str, Tensor]
 """Sums over the supervised tokens of a batch, detached; the loop divides by `tokens`."""
@@ -37,6 +40,10 @@ class Batch:
     mask_BT: Tensor
     doc_BT: Tensor
     cached: TargetOut | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same sequences on a device."""
+        return Batch(self.ids_BT.to(device), self.mask_BT.to(device), self.doc_BT.to(device))
 
     @classmethod
     def of(cls, answers: list[tuple[list[int], list[int]]], device: torch.device) -> "Batch":
@@ -130,10 +137,12 @@ class Drafter(nn.Module, ABC):
 
 
 class Trained(Drafter):
-    """A family with parameters. `needs_target`: training reads the target's states;
+    """A family with parameters. `needs_target`: training reads the target's states, and
+    `reads_last`: the last ones among them, not for the target's law alone;
     `max_positions`: of the drafter itself, where it has fewer than its target."""
 
     needs_target = False
+    reads_last = False
 
     @property
     def max_positions(self) -> float:
@@ -173,27 +182,62 @@ def save(drafter: Trained, folder: Path, arguments: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     drafter.save(folder)
     family = type(drafter).__module__.removeprefix("drafters.")
-    write_json(folder / "drafter.json", {"family": family, "arguments": arguments})
+    note = {"family": family, "arguments": arguments, "files": weights(folder)}
+    write_json(folder / NOTE, note)
 
 
 def load(folder: Path, shape: Shape) -> Trained:
-    """The drafter that `save` wrote, for a target of this shape."""
-    note = folder / "drafter.json"
-    if not note.is_file():
-        raise ValueError(f"{folder} holds no drafter: it has no drafter.json")
-    saved = json.loads(note.read_text(encoding="utf-8"))
-    family = saved["family"]
-    if not re.fullmatch(r"[a-z0-9_]+", family) or not _HERE.joinpath(f"{family}.py").is_file():
-        raise ValueError(f"{note} names the family {family!r}, which is not one of drafters/")
-    module = importlib.import_module(f"drafters.{family}")
-    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Trained)]
-    (cls,) = [c for c in classes if c.__module__ == module.__name__]
+    """The drafter that `save` wrote, for a target of this shape. Raises ValueError if there is none
+    or its files are damaged."""
+    saved = require_intact(folder)
+    found = _families(saved["family"])
+    if len(found) != 1:
+        raise ValueError(
+            f"{folder / NOTE} names the family {saved['family']!r}, which is not one of drafters/"
+        )
     arguments = saved["arguments"]
     if arguments.get("checkpoint"):  # where it came from; its architecture is in this folder
         arguments = arguments | {"checkpoint": str(folder)}
-    drafter = cls(shape, **arguments)
+    drafter = found[0](shape, **arguments)
     drafter.read(folder)
     return drafter.eval()
+
+
+def _families(name: str) -> list[type[Trained]]:
+    """The trained class of a file of drafters/; none for what is no family's name."""
+    if not re.fullmatch(r"[a-z0-9_]+", name) or not _HERE.joinpath(f"{name}.py").is_file():
+        return []
+    module = importlib.import_module(f"drafters.{name}")
+    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Trained)]
+    return [c for c in classes if c.__module__ == module.__name__ and not inspect.isabstract(c)]
+
+
+def weights(folder: Path) -> Digests:
+    """Digests of a drafter's weights: every safetensors file of its folder."""
+    files = sorted(folder.rglob("*.safetensors"))
+    return digests(folder, [file.relative_to(folder).as_posix() for file in files])
+
+
+def require_intact(folder: Path) -> dict[str, Any]:
+    """What drafter.json says. Raises ValueError if it or a file of weights is not as `save` left
+    it; a drafter of before hashes were noted passes."""
+    note = folder / NOTE
+    if not note.is_file():
+        raise ValueError(f"{folder} holds no drafter: it has no {NOTE}")
+    try:
+        saved = json.loads(note.read_text(encoding="utf-8"))
+        why = damage(folder, saved["files"]) if "files" in saved else None
+        known = isinstance(saved["family"], str) and isinstance(saved["arguments"], dict)
+    except (ValueError, KeyError, TypeError):
+        known, why = False, None
+    if not known:
+        why = f"{NOTE} is not readable"
+    if why:
+        raise ValueError(
+            f"the drafter in {folder} is damaged: {why}; copy it anew, or run the recipe that made "
+            "it again"
+        )
+    return saved
 
 
 def cast(module: M, dtype: torch.dtype) -> M:
@@ -202,10 +246,3 @@ def cast(module: M, dtype: torch.dtype) -> M:
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
     return module
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from decoding.pretrained import DTYPES, Pretrained
-from drafters.base import write_json
+from drafters.base import weights, write_json
 from train.worker import environment
 
 CARRIED = ("report.json", "report.md", "report.html", "report.png", "runs.jsonl")
@@ -198,6 +198,7 @@ def as_measured(folder: Path, conditions: dict[str, Any]) -> None:
     note["arguments"] |= draft
     if note["arguments"].get("checkpoint"):  # its architecture is in config.json
         note["arguments"]["checkpoint"] = Path(note["arguments"]["checkpoint"]).name
+    note["files"] = weights(folder)
     write_json(folder / "drafter.json", note)
 
 
