@@ -59,6 +59,8 @@ class Schedule:
                 f"sequence_length {self.sequence_length}, micro_batch {self.micro_batch}; each "
                 "must be at least 1"
             )
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"deepspeed.zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"schedule.dtype is {self.dtype!r}; it must be bfloat16 or float32")
         if self.batch_tokens % self.sequence_length or self.tokens < self.batch_tokens:
