@@ -1,10 +1,21 @@
-"""Is our training loop as fast as a plain transformers Trainer doing the same distillation?
+"""How fast does our training loop train, and what does it hold, beside others doing the same work?
 
     .venv/bin/python -m benchmarks.train_speed --target FOLDER --packed STAGE/packed/train
+    .venv/bin/python -m benchmarks.train_speed --target FOLDER --cache CACHE_STAGE/artifact
+    .venv/bin/python -m benchmarks.train_speed --family eagle3 --target FOLDER --packed ... \\
+        --speculators-python PYTHON
 
 Forward KL from a frozen target on the same packed sequences (same masks, same documents), the same
-drafter, batch, AdamW and bf16. Each side runs in a process of its own, in turn, `--repeats` times;
-tokens per second over the steps after a warm-up, and peak memory of the process.
+drafter, batch, AdamW and bf16. Sides, each in a process of its own, in turn, `--repeats` times:
+
+    online       ours: the target's pass and the drafter's
+    offline      ours, with a cache of states in the target's place (--cache)
+    trainer      a plain transformers Trainer (family lm)
+    given        ours, with the target's states in a file (family eagle3), as speculators has them
+    speculators  its Trainer on that file (PYTHON: of an environment with speculators 0.9)
+
+Reports tokens per second over the steps after a warm-up, peak memory of the process, and the
+forward KL a token on sequences that none has trained on (of eagle3 by draft position).
 """
 
 import argparse
@@ -14,68 +25,164 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from benchmarks.arms import told
 from data.pack import Packed
-from decoding.pretrained import Pretrained
-from decoding.target import Target
-from drafters.base import Batch, write_json
+from decoding.pretrained import DTYPES, Pretrained
+from decoding.target import Target, TargetOut
+from drafters.base import Batch, Metrics, Prediction, Trained, write_json
+from drafters.eagle3 import Eagle3
 from drafters.lm import LM
 
-WARM = 5
+WARM, DECAY, RATE = 5, 0.8, 1e-3
+NAMES = ("ids", "mask", "doc", "hidden", "taps")  # as benchmarks/speculators_side.py reads them
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--target", required=True)
-    parser.add_argument("--packed", required=True, type=Path)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=8, help="sequences of a step, one micro-batch")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--side", choices=["ours", "trainer"])
-    parser.add_argument("--out", default="benchmarks/results/train_speed")
-    asked = parser.parse_args()
-    if asked.side:
-        print(json.dumps({"ours": ours, "trainer": trainer}[asked.side](asked)))
-        return
-    found: dict[str, list[dict]] = {"ours": [], "trainer": []}
-    for _ in range(asked.repeats):
-        for side in found:
-            command = [sys.executable, "-m", "benchmarks.train_speed", *sys.argv[1:]]
-            out = subprocess.run([*command, "--side", side], capture_output=True, text=True)
-            if out.returncode:
-                raise SystemExit(out.stderr)
-            found[side].append(json.loads(out.stdout.strip().splitlines()[-1]))
-    report: dict = {
-        side: {key: median(r[key] for r in runs) for key in runs[0]} for side, runs in found.items()
-    }
-    ratios = sorted(
-        a["tokens_per_second"] / b["tokens_per_second"]
-        for a, b in zip(found["ours"], found["trainer"], strict=True)
-    )
-    report |= {"speed, ours / trainer": [median(ratios), ratios[0], ratios[-1]]}
+    asked = arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        asked.states = asked.states or str(Path(folder) / "states.safetensors")
+        if asked.side:
+            print(json.dumps(SIDES[asked.side](asked)))
+            return
+        sides = ["online"]
+        if asked.family == "eagle3":
+            child(asked, "write")
+            sides += ["given"] + ["speculators"] * bool(asked.speculators_python)
+        else:
+            sides += ["trainer"]
+        sides += ["offline"] * bool(asked.cache)
+        found: dict[str, list[dict]] = {side: [] for side in sides}
+        for _ in range(asked.repeats):
+            for side in found:
+                found[side].append(child(asked, side))
+                print(side, json.dumps(found[side][-1]), flush=True)
+    report: dict = {side: middle(runs) for side, runs in found.items()}
+    for a, b in (("online", "trainer"), ("offline", "online"), ("given", "speculators")):
+        if a in found and b in found:
+            pairs = zip(found[a], found[b], strict=True)
+            ratios = sorted(x["tokens_per_second"] / y["tokens_per_second"] for x, y in pairs)
+            report |= {f"speed, {a} / {b}": [median(ratios), ratios[0], ratios[-1]]}
     report |= {"conditions": told(asked)}
     print(json.dumps(report, indent=1))
     write_json(Path(f"{asked.out}.json"), report)
 
 
-def load(asked: argparse.Namespace) -> tuple[Target, LM, Packed]:
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", required=True)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--packed", type=Path)
+    where.add_argument("--cache", type=Path, help="what a stage `cache` left")
+    parser.add_argument("--family", default="lm", choices=["lm", "eagle3"])
+    parser.add_argument("--width", type=int, default=256, help="of an lm")
+    parser.add_argument("--draft-steps", type=int, default=3, help="of eagle3")
+    parser.add_argument("--batch", type=int, default=8, help="sequences of a step, one micro-batch")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--speculators-python")
+    parser.add_argument("--attention", default="sdpa", help="of speculators on a CPU")
+    parser.add_argument("--out", default="benchmarks/results/train_speed")
+    parser.add_argument("--side", choices=SIDES)
+    parser.add_argument("--states", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def child(asked: argparse.Namespace, side: str) -> dict[str, Any]:
+    """What the process of one side measured."""
+    given = [*sys.argv[1:], "--states", asked.states]
+    command = [sys.executable, "-m", "benchmarks.train_speed", *given, "--side", side]
+    if side == "speculators":
+        file = Path(asked.states).with_name("asked.json")
+        write_json(file, to_speculators(asked))
+        command = [asked.speculators_python, "-m", "benchmarks.speculators_side", str(file)]
+    out = subprocess.run(command, capture_output=True, text=True)
+    if out.returncode:
+        raise SystemExit(out.stderr)
+    return json.loads(out.stdout.strip().splitlines()[-1])
+
+
+def to_speculators(asked: argparse.Namespace) -> dict[str, Any]:
+    keys = ("target", "states", "steps", "draft_steps", "attention")
+    said = {key: getattr(asked, key) for key in keys}
+    positions = asked.batch * packed_of(asked).length
+    taps = list(Eagle3(Pretrained(path=asked.target).shape_of()).taps)
+    said |= {"warm": WARM, "decay": DECAY, "rate": RATE, "positions": positions, "taps": taps}
+    return said
+
+
+def middle(runs: list[dict]) -> dict[str, Any]:
+    """Medians; of what is a list, by place."""
+    return {
+        key: [median(values) for values in zip(*(r[key] for r in runs), strict=True)]
+        if isinstance(runs[0][key], list)
+        else median(r[key] for r in runs)
+        for key in runs[0]
+    }
+
+
+def packed_of(asked: argparse.Namespace) -> Packed:
+    return Packed(asked.packed or asked.cache / "packed" / "train")
+
+
+def load(asked: argparse.Namespace) -> tuple[Target, Trained, Packed]:
     torch.manual_seed(0)
-    target = Pretrained(path=asked.target).load()
-    return target, LM(target.shape, layers=1, width=asked.width), Packed(asked.packed)
+    spec, packed = Pretrained(path=asked.target), packed_of(asked)
+    if asked.side == "offline":
+        from train.recorded import Recorded
+
+        borrowed = spec.borrow()
+        kind = DTYPES[spec.dtype]
+        target: Target = Recorded(asked.cache, shape=borrowed.shape, dtype=kind, borrowed=borrowed)
+    else:
+        target = spec.load()
+    drafter: Trained = LM(target.shape, layers=1, width=asked.width)
+    if asked.family == "eagle3":
+        drafter = Eagle3(target.shape, steps=asked.draft_steps, decay=DECAY)
+    drafter.initialise(target, lambda: packed.counts(target.shape.vocab_size))
+    return target, drafter, packed
 
 
 def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def ours(asked: argparse.Namespace) -> dict:
+def write(asked: argparse.Namespace) -> dict[str, Any]:
+    """The target's states of every step's sequences and of those held out, for `given` and
+    `speculators`."""
+    target, drafter, packed = load(asked)
+    steps = {str(step): rows(step, asked, packed) for step in range(asked.steps + WARM)}
+    tensors = {}
+    for name, numbers in (steps | {"held": heldout(asked, packed)}).items():
+        batch = packed.batch(numbers)
+        out = target(batch.ids_BT, doc_BT=batch.doc_BT, taps=drafter.taps)
+        values = (batch.ids_BT, batch.mask_BT, batch.doc_BT, out.hidden_BTD, out.taps_BTLD)
+        tensors |= {f"{name}.{n}": v.cpu() for n, v in zip(NAMES, values, strict=True)}
+    save_file(tensors, asked.states)
+    return {}
+
+
+def batches(asked: argparse.Namespace, packed: Packed) -> Iterator[Batch]:
+    file = safe_open(asked.states, "pt") if asked.side == "given" else None
+    for step in range(asked.steps + WARM):
+        if file is None:
+            yield packed.batch(rows(step, asked, packed))
+        else:
+            ids, mask, doc, *states = (file.get_tensor(f"{step}.{n}") for n in NAMES)
+            yield Batch(ids, mask, doc, TargetOut(*states))
+
+
+def ours(asked: argparse.Namespace) -> dict[str, Any]:
     from train.engine import Engine, join
     from train.objectives import ForwardKL
 
@@ -86,23 +193,23 @@ def ours(asked: argparse.Namespace) -> dict:
         clip=1.0, betas=(0.9, 0.95), weight_decay=0.1,
     )  # fmt: skip
     objective, begin = ForwardKL(), 0.0
-    for step in range(asked.steps + WARM):
+    for step, batch in enumerate(batches(asked, packed)):
         if step == WARM:
             begin = time.perf_counter()
-        batch = packed.batch(rows(step, asked, packed))
         loss, metrics = engine(batch, target, objective)
         engine.backward(loss / metrics["tokens"])
-        engine.step(1e-3)
-    return result(asked, packed, begin, reached(drafter, target, packed, asked))
+        engine.step(RATE)
+    return result(asked, packed, begin, drafter, target)
 
 
-def trainer(asked: argparse.Namespace) -> dict:
+def trainer(asked: argparse.Namespace) -> dict[str, Any]:
     """transformers.Trainer with the obvious compute_loss: whole logits of both models."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from decoding.target import document_mask
 
     target, drafter, packed = load(asked)
+    assert isinstance(drafter, LM)
     clock = {"begin": 0.0}
 
     class Distillation(Trainer):
@@ -135,7 +242,7 @@ def trainer(asked: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             folder, per_device_train_batch_size=1, max_steps=asked.steps + WARM, bf16=True,
-            use_cpu=not torch.cuda.is_available(), learning_rate=1e-3, weight_decay=0.1,
+            use_cpu=not torch.cuda.is_available(), learning_rate=RATE, weight_decay=0.1,
             adam_beta2=0.95,
             lr_scheduler_type="constant", save_strategy="no", report_to=[], disable_tqdm=True,
             remove_unused_columns=False, dataloader_num_workers=0, logging_strategy="no",
@@ -144,28 +251,54 @@ def trainer(asked: argparse.Namespace) -> dict:
             drafter.model, settings, train_dataset=Rows(), callbacks=[Clock()],
             data_collator=lambda items: {"batch": items[0]},
         ).train()  # fmt: skip
-    return result(asked, packed, clock["begin"], reached(drafter, target, packed, asked))
+    return result(asked, packed, clock["begin"], drafter, target)
 
 
 def rows(step: int, asked: argparse.Namespace, packed: Packed) -> list[int]:
-    return [(step * asked.batch + i) % len(packed) for i in range(asked.batch)]
+    """Sequences of a step; the last ones of the set are held out."""
+    most = len(packed) - asked.batch
+    return [(step * asked.batch + i) % most for i in range(asked.batch)]
+
+
+def heldout(asked: argparse.Namespace, packed: Packed) -> list[int]:
+    return list(range(len(packed) - asked.batch, len(packed)))
 
 
 @torch.no_grad()
-def reached(drafter: LM, target: Target, packed: Packed, asked: argparse.Namespace) -> float:
-    """Forward KL a token on the last sequences, which neither side has trained on."""
+def reached(
+    asked: argparse.Namespace, packed: Packed, drafter: Trained, target: Target
+) -> list[float]:
+    """Forward KL a token on the sequences held out, by draft position."""
     from train.objectives import ForwardKL
 
-    batch = packed.batch(list(range(len(packed) - asked.batch, len(packed))))
+    class ByPosition(ForwardKL):
+        def __call__(self, prediction: Prediction, target: Target | None) -> tuple[Tensor, Metrics]:
+            loss, metrics = super().__call__(prediction, target)
+            found.append(float(loss / metrics["tokens"]))
+            return loss, metrics
+
+    found: list[float] = []
     with torch.autocast(target.device.type, torch.bfloat16):
-        loss, metrics = drafter.eval()(batch, target, ForwardKL())
-    return float(loss / metrics["tokens"])
+        drafter.eval()(packed.batch(heldout(asked, packed)), target, ByPosition())
+    return found
 
 
-def result(asked: argparse.Namespace, packed: Packed, begin: float, loss: float) -> dict:
-    seconds = time.perf_counter() - begin
+def result(
+    asked: argparse.Namespace, packed: Packed, begin: float, drafter: Trained, target: Target
+) -> dict[str, Any]:
+    seconds, most = time.perf_counter() - begin, peak()
     positions = asked.steps * asked.batch * packed.length
-    return {"tokens_per_second": positions / seconds, "peak_mib": peak(), "loss_reached": loss}
+    return {
+        "tokens_per_second": positions / seconds,
+        "peak_mib": most,
+        "trained_parameters": sum(p.numel() for p in drafter.parameters() if p.requires_grad),
+        "loss_reached": reached(asked, packed, drafter, target),
+    }
+
+
+SIDES = {
+    "online": ours, "given": ours, "offline": ours, "trainer": trainer, "write": write,
+}  # fmt: skip
 
 
 if __name__ == "__main__":
