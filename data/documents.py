@@ -10,6 +10,7 @@ from data.rows import Row, Sample
 from data.sources import prompt_key, prompt_of
 
 MOST_DROPPED = 0.05  # share of conversations that may be unrenderable before it is an error
+PIECE = 100_000  # characters that are tokenised at once
 VALIDATION = 100  # one row in so many, by hash, measures and is never trained on
 
 
@@ -17,7 +18,7 @@ class Documents:
     """Tokenised rows, split into training and validation by a hash of the prompt (or the text).
 
     All answers to one prompt fall on one side. Counts what it drops, and raises ValueError when
-    more than 5 % of the conversations cannot be rendered with a loss mask.
+    more than 5 % of the rows cannot be rendered with a loss mask.
     """
 
     def __init__(self, tokenizer: Any, name: str) -> None:
@@ -51,11 +52,15 @@ class Documents:
             except Unrenderable as why:
                 self.dropped[str(why)] += 1
                 return None
-        ids = self.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+        pieces = self.tokenizer(list(_pieces(row["text"])), add_special_tokens=False)["input_ids"]
+        ids = [token for piece in pieces for token in piece]
         if self.tokenizer.bos_token_id is not None:
             ids = [self.tokenizer.bos_token_id, *ids]
         if self.tokenizer.eos_token_id is not None:
             ids = [*ids, self.tokenizer.eos_token_id]
+        if len(ids) < 2:
+            self.dropped["it has fewer than two tokens, so none is predicted"] += 1
+            return None
         return Document(ids, [True] * len(ids), splittable=True)
 
     def complain(self) -> None:
@@ -64,9 +69,21 @@ class Documents:
         if dropped > MOST_DROPPED * max(1, self.rows):
             reasons = ", ".join(f"{n:,} because {why}" for why, n in self.dropped.most_common())
             raise ValueError(
-                f"{dropped:,} of {self.rows:,} conversations of {self.name} cannot be rendered "
-                f"with a loss mask: {reasons}; check the target's chat template with view=true"
+                f"{dropped:,} of {self.rows:,} rows of {self.name} cannot be rendered "
+                f"with a loss mask: {reasons}; check the rows and the target's chat template with "
+                "view=true"
             )
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces of at most PIECE characters, cut in front of white space where there is
+    some: a tokenizer takes time and memory for each word that grow faster than its length."""
+    while len(text) > PIECE:
+        at = max(text.rfind(blank, PIECE // 2, PIECE) for blank in ("\n", " "))
+        at = PIECE if at < 0 else at
+        yield text[:at]
+        text = text[at:]
+    yield text
 
 
 def is_validation(row: Row | Sample) -> bool:

@@ -3,12 +3,14 @@
 import csv
 import difflib
 import glob
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.lines import Lines, chunks, decoded_lines, raw_lines
+from data.lines import LONGEST, Lines, chunks, decoded_lines, packing, raw_lines
+from data.storage import Unreadable, refused, stream
 
 FORMATS = ("jsonl", "json", "parquet", "csv", "tsv", "txt", "md", "mdx", "py")
 CELL = 1 << 26  # characters that a csv cell may have; Python's own limit of 131,072 is too small
@@ -47,7 +49,7 @@ def read(
             "leave columns out"
         )
     empty = True
-    for record in _records(path, kind, columns, encoding):
+    for record in _records(path, kind, columns, encoding, named=format is not None):
         empty = False
         yield record
     if empty:
@@ -57,10 +59,15 @@ def read(
 
 def _matches(name: str) -> list[Path]:
     path = Path(name).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, expected a file: name its files, {path}/*.jsonl")
+    try:
+        if path.is_file():
+            return [path]
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, expected a file: name its files, {path}/*.jsonl")
+        if path.exists():
+            raise ValueError(f"{path} is a pipe or a device, expected a file: save it to one")
+    except OSError as error:  # a folder that this user may not enter, a name that is too long
+        raise ValueError(refused(path, error)) from None
     if not glob.has_magic(name):
         raise ValueError(f"{path} does not exist{_near(path)}")
     # Path.glob takes no absolute pattern
@@ -85,7 +92,7 @@ def _near(path: Path) -> str:
 
 
 def _format(path: Path) -> str:
-    suffixes = path.suffixes[:-1] if path.suffix in (".xz", ".gz") else path.suffixes
+    suffixes = path.suffixes[:-1] if packing(path) else path.suffixes
     kind = suffixes[-1][1:].lower() if suffixes else ""
     if kind not in FORMATS:
         raise ValueError(
@@ -95,18 +102,44 @@ def _format(path: Path) -> str:
     return kind
 
 
-def _records(path: Path, kind: str, columns: Sequence[str] | None, encoding: str) -> Records:
+def _records(
+    path: Path, kind: str, columns: Sequence[str] | None, encoding: str, named: bool
+) -> Records:
+    """named: whether the user named the kind, so that the file's name says nothing of it."""
     if kind == "parquet":
         return _parquet(path)
-    lines = decoded_lines(path, encoding)
+    # An array of objects may well be one line; every other format has a row a line.
+    lines = decoded_lines(path, encoding, -1 if kind == "json" else LONGEST)
     if kind == "jsonl":
         return _jsonl(path, lines)
     if kind == "json":
         return _json(path, lines)
     if kind in ("csv", "tsv"):
         return _table(path, _csv(path, lines) if kind == "csv" else _tsv(lines), columns)
-    texts = lines if kind == "txt" else chunks(lines)
-    return ((f"line {n}", {"text": t.rstrip("\r\n")}) for n, t in texts if t.strip())
+    if kind == "txt":
+        return _txt(path, lines, named)
+    return ((f"line {n}", {"text": t}) for n, t in chunks(lines))
+
+
+def _txt(path: Path, lines: Lines, named: bool) -> Records:
+    looked = named
+    for number, line in lines:
+        if not line.strip():
+            continue
+        if not looked and line.startswith("{") and _is_object(line):
+            raise ValueError(
+                f"{path}, line {number}: a JSON object, expected plain text: name the file .jsonl, "
+                "or set format: jsonl (or format: txt, if it shall be read as text)"
+            )
+        looked = True
+        yield f"line {number}", {"text": line.rstrip("\r\n")}
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _jsonl(path: Path, lines: Lines) -> Records:
@@ -115,10 +148,9 @@ def _jsonl(path: Path, lines: Lines) -> Records:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path}, line {number}: broken JSON, {error.msg} at column {error.colno}: "
-                "correct or delete the line"
+                f"{path}, line {number}: broken JSON, {_why(error)}: correct or delete the line"
             ) from None
         yield f"line {number}", _object(record, f"{path}, line {number}")
 
@@ -129,9 +161,10 @@ def _json(path: Path, lines: Lines) -> Records:
         return
     try:
         records = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise ValueError(
-            f"{path}, line {error.lineno}: broken JSON, {error.msg} at column {error.colno}: "
+            f"{path}{line}: broken JSON, {_why(error)}: "
             "correct it (a file with an object on each line is called .jsonl)"
         ) from None
     if not isinstance(records, list):
@@ -142,11 +175,19 @@ def _json(path: Path, lines: Lines) -> Records:
         yield f"row {number}", _object(record, f"{path}, row {number}")
 
 
+def _why(error: Exception) -> str:
+    """What is wrong with JSON; besides its syntax, what Python refuses to take in."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
+
+
 def _object(record: Any, where: str) -> dict[str, Any]:
     if isinstance(record, dict):
         return record
     raise ValueError(
-        f"{where}: a {type(record).__name__}, expected an object with named columns: convert it"
+        f"{where}: a {type(record).__name__}, expected an object with named columns: convert it "
+        "(a file with one array of objects is called .json)"
     )
 
 
@@ -206,13 +247,22 @@ def _parquet(path: Path) -> Records:
     if not path.stat().st_size:
         return
     # Parquet is read from its end, so a compressed copy has to be unpacked in memory.
-    whole = path.suffix in (".xz", ".gz")
-    source = pyarrow.BufferReader(b"".join(raw for _, raw in raw_lines(path))) if whole else path
+    source = _unpacked(path) if packing(path) else stream(path)
+    number = 0
     try:
         with pyarrow.parquet.ParquetFile(source) as file:
-            batches = file.iter_batches(batch_size=1_000)
-            records = (record for batch in batches for record in batch.to_pylist())
-            for number, record in enumerate(records, start=1):
-                yield f"row {number}", record
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not parquet ({error}): fetch it again") from None
+            for batch in file.iter_batches(batch_size=1_000):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", record
+    except Unreadable:
+        raise
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        read = f" behind row {number:,}" if number else ""
+        raise ValueError(
+            f"{path} is not whole parquet{read} ({' '.join(str(error).split())}): fetch it again"
+        ) from None
+
+
+def _unpacked(path: Path) -> io.BytesIO:
+    return io.BytesIO(b"".join(raw for _, raw in raw_lines(path)))

@@ -3,6 +3,7 @@
 Shards of JSON lines, each written whole; a shard that is there is not made again.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -12,18 +13,20 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.chat import prompt_ids, require_template, template_hash
+from data.chat import Unrenderable, prompt_ids, require_template, template_hash
 from data.language import Gated, judged_text, language_of
 from data.repetition import is_repetitive
 from data.rows import Message, Row, Sample
 from data.sources import Source, heldout, prompt_key, prompt_of
 from decoding.loop import decode
 from decoding.pretrained import Pretrained
+from decoding.pulse import item
 from decoding.ranks import Ranks
 from decoding.sampling import Sampling
 from decoding.target import Target
-from drafters.base import write_json
+from drafters.files import damage, digests, whole, write_json
 
+NOTE = ".counts.json"  # beside each shard
 SURE = 40  # characters from which an answer's language is judged
 
 
@@ -63,7 +66,8 @@ class Generate:
                 "generate needs at least one temperature, and answers_per_prompt, max_new_tokens, "
                 f"max_prompt_tokens, batch_size, shard_size of at least 1; got {counts}"
             )
-        self.target, self.prompts, self.temperatures = target, prompts, temperatures
+        self.target = target.for_decoding()
+        self.prompts, self.temperatures = prompts, temperatures
         self.language, self.answers_per_prompt, self.limit = language, answers_per_prompt, limit
         self.max_new_tokens, self.max_prompt_tokens = max_new_tokens, max_prompt_tokens
         self.batch_size, self.shard_size, self.seed = batch_size, shard_size, seed
@@ -75,11 +79,12 @@ class Generate:
         ranks = Ranks.here(together=self.target.parallel is not None)
         questions = ranks.decide(self._asked, alone=True)
         folder = out / "artifact"
-        folder.mkdir(parents=True, exist_ok=True)
+        if ranks.first:
+            folder.mkdir(parents=True, exist_ok=True)
         jobs = [(i, j) for i in range(len(questions)) for j in range(self.answers_per_prompt)]
         shards = [jobs[a : a + self.shard_size] for a in range(0, len(jobs), self.shard_size)]
-        notes = [folder / f"shard-{number:05d}.counts.json" for number in range(len(shards))]
-        done = ranks.decide(lambda: [note.is_file() for note in notes], alone=True)
+        notes = [folder / f"shard-{number:05d}{NOTE}" for number in range(len(shards))]
+        done = ranks.decide(lambda: [_done(note) for note in notes], alone=True)
         mine = [n for n in range(len(shards)) if ranks.has(n)]
         model = self.target.load(target) if not all(done[n] for n in mine) else None
         most = sum(len(shards[n]) for n in mine)
@@ -137,9 +142,11 @@ class Generate:
             for temperature in sorted({t.temperature for t in ready}):
                 group = [t for t in ready if t.temperature == temperature]
                 for a in range(0, len(group), self.batch_size):
-                    self._batch(model, tokenizer, group[a : a + self.batch_size])
+                    with item("a batch of answers"):
+                        self._batch(model, tokenizer, group[a : a + self.batch_size])
                     bar.update(sum(not t.waiting for t in group[a : a + self.batch_size]))
-        bar.update(sum(talk.fault == "prompt too long" for talk in talks))
+        unasked = ("prompt too long", "refused by the chat template")
+        bar.update(sum(talk.fault in unasked for talk in talks))
         return talks
 
     def _batch(self, model: Target, tokenizer: Any, talks: list["_Talk"]) -> None:
@@ -171,32 +178,32 @@ class Generate:
         return self.temperatures[(i + j) % len(self.temperatures)]
 
     def _write(self, note: Path, talks: list["_Talk"], model: Target, template: str) -> None:
-        """The shard, and then its counts: a shard without is made again."""
+        """The shard, and then its counts with its hash: a shard without is made again."""
         origin = {"target": model.name, "revision": model.revision, "template": template}
         counts: Counter[str] = Counter()
-        file = note.with_name(note.name.replace(".counts.json", ".jsonl"))
-        part = file.with_suffix(".part")
-        with part.open("w", encoding="utf-8") as stream:
+        file = _shard(note)
+        with whole(file) as stream:
             for talk in talks:
                 counts[talk.fault or "kept"] += 1
                 if talk.samples:
                     counts["tokens"] += sum(len(s["answer_ids"]) for s in talk.samples)
                     row = talk.row() | {"seed": self.seed} | origin
                     stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-        part.replace(file)
-        write_json(note, dict(counts))
+        known = {"files": digests(file.parent, [file.name]), "sha256": _hash(dict(counts))}
+        write_json(note, {"counts": dict(counts)} | known)
 
     def _finish(self, folder: Path, notes: list[Path], tokenizer: Any) -> dict[str, float]:
         total = Counter[str]()
         for file in notes:
-            total.update(json.loads(file.read_text(encoding="utf-8")))
+            total.update(json.loads(file.read_text(encoding="utf-8"))["counts"])
         tokens = total.pop("tokens", 0)
         counts = ", ".join(f"{n:,} {why}" for why, n in total.most_common())
         print(f"answers: {counts}; {tokens:,} tokens kept", flush=True)
         if not total["kept"]:
             raise ValueError(
                 f"the target gave no usable answer: {counts}; raise max_new_tokens if they were "
-                "truncated, look at the target itself if they are degenerate"
+                "truncated, look at the target itself if they are degenerate, at its chat template "
+                "if that refuses the prompts"
             )
         note = {"rows": total["kept"], "tokens": tokens, "counts": dict(total)}
         write_json(folder / "data.json", note | {"template": template_hash(tokenizer)})
@@ -230,7 +237,11 @@ class _Talk:
             self.turns.append(self._todo.pop(0))
             if self.turns[-1]["role"] == "user":
                 break
-        self.ids = prompt_ids(tokenizer, self.turns)
+        try:
+            self.ids = prompt_ids(tokenizer, self.turns)
+        except Unrenderable:  # some templates know no system turn, or want user and assistant
+            self.fault = "refused by the chat template"
+            return
         if len(self.ids) > most:
             self.fault = "prompt too long"
 
@@ -253,8 +264,16 @@ class _Talk:
 
 
 def read(folder: Path) -> Iterator[Sample]:
-    """Every answered turn of a generate stage's artifact: prompt, prompt_ids, answer_ids."""
+    """Every answered turn of a generate stage's artifact: prompt, prompt_ids, answer_ids.
+
+    Raises ValueError for a shard that is not as it was written; one without counts was made by
+    other means, and is read as it is.
+    """
     for file in sorted(folder.glob("shard-*.jsonl")):
+        note = file.with_suffix(NOTE)
+        why = _fault(note) if note.is_file() else None
+        if why:
+            raise ValueError(f"{file} is damaged: {why}; the same command makes that shard again")
         with file.open(encoding="utf-8") as stream:
             for row in map(json.loads, stream):
                 for s in row["samples"]:
@@ -263,3 +282,31 @@ def read(folder: Path) -> Iterator[Sample]:
                         prompt_ids=s["prompt_ids"],
                         answer_ids=s["answer_ids"],
                     )
+
+
+def _shard(note: Path) -> Path:
+    return note.with_name(note.name.removesuffix(NOTE) + ".jsonl")
+
+
+def _done(note: Path) -> bool:
+    """Whether the shard of these counts is whole; says so where it was and is no longer."""
+    why = _fault(note) if note.is_file() else None
+    if why:
+        print(f"{_shard(note).name} is made again: {why}", flush=True)
+    return note.is_file() and not why
+
+
+def _fault(note: Path) -> str | None:
+    """What a shard lacks of what its counts say of it, or None."""
+    try:
+        saved = json.loads(note.read_text(encoding="utf-8"))
+        mine = saved["sha256"] == _hash(saved["counts"]) and [_shard(note).name] == [
+            *saved["files"]
+        ]
+    except (ValueError, KeyError, TypeError):
+        mine = False
+    return damage(note.parent, saved["files"]) if mine else f"{note.name} is not as it was written"
+
+
+def _hash(counts: dict[str, int]) -> str:
+    return hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()

@@ -1,8 +1,15 @@
 """The one door to data sets of the Hugging Face Hub; what goes wrong there becomes a sentence."""
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+from data.secrets import redacted
+
+TRIES = 5  # of a read that fails, before it is given up; a row that arrives makes them five again
+PAUSE = 1.0  # seconds before the second try, doubled before each later one
+PASSING = (408, 425, 429)  # the answers below 500 that may be another one later
 
 
 def stream(
@@ -10,15 +17,30 @@ def stream(
 ) -> Iterator[Mapping[str, Any]]:
     """Yields records (column -> value), streamed; no code of the data set is run.
 
-    Raises ValueError for a data set, configuration or split that is not there (as far as the Hub
-    says); ConnectionError when the Hub cannot be reached, also half-way.
+    When the network or the Hub fails half-way, the stream is opened again behind the last record:
+    none is given twice or left out. Raises ValueError for a data set, configuration or split that
+    is not there (as far as the Hub says); ConnectionError when it still fails after TRIES tries.
     """
     import datasets
 
+    state, failed = None, 0
     with _sentences(name):
-        yield from datasets.load_dataset(
-            path, config, split=split, revision=revision, streaming=True
-        )
+        while True:
+            try:
+                rows = datasets.load_dataset(
+                    path, config, split=split, revision=revision, streaming=True
+                )
+                if state is not None:
+                    rows.load_state_dict(state)
+                for record in rows:
+                    state, failed = rows.state_dict(), 0
+                    yield record
+                return
+            except Exception as error:
+                failed += 1
+                if failed == TRIES or not _may_pass(error):
+                    raise
+                time.sleep(PAUSE * 2 ** (failed - 1))
 
 
 def commit(path: str, revision: str | None, name: str) -> str:
@@ -29,9 +51,23 @@ def commit(path: str, revision: str | None, name: str) -> str:
         return str(HfApi().dataset_info(path, revision=revision).sha)
 
 
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request can succeed later: the network failed, or the Hub's own side."""
+    import httpx2
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status >= 500 or status in PASSING
+    # A plain FileNotFoundError is what datasets makes of a connection that broke.
+    definite = isinstance(error, DatasetsError | OfflineModeIsEnabled)
+    return isinstance(error, OSError | httpx2.HTTPError) and not definite
+
+
 @contextmanager
 def _sentences(name: str) -> Iterator[None]:
-    import httpx
+    import httpx2
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -44,7 +80,7 @@ def _sentences(name: str) -> Iterator[None]:
             f"data set {name}: {said}: correct path and revision, accept "
             "its terms on the Hub and log in (hf auth login), or use data.sources.Local"
         ) from None
-    except (OSError, httpx.HTTPError) as error:
+    except (OSError, httpx2.HTTPError) as error:
         raise ConnectionError(
             f"data set {name} cannot be read from the Hub ({first_line(error)}): check "
             "the network, HF_ENDPOINT and your token, or use data.sources.Local"
@@ -54,5 +90,7 @@ def _sentences(name: str) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What the error says first, without its full stop; its type if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+    """What the error says first, without its full stop and without secrets; its type if it says
+    nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return redacted(lines[0].rstrip(".:"))

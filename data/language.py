@@ -13,12 +13,14 @@ from functools import cache
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
+from data.quality import MOJIBAKE, Repeats, is_mojibake, refuse_poor
 from data.rows import Row
 from data.sources import Source, by_turns
 
 PROBE = 2_000  # rows after which the share of the language is checked
 FEW = 20  # letters below which a verdict among the languages of one script is noise
 LOOK = 4_000  # characters of a text that are looked at
+HUGE = 1_000_000  # characters of a conversation; one of more would fit into no target's context
 UNKNOWN = "und"
 OTHER = "other language: "
 
@@ -103,7 +105,9 @@ class Gate:
     A row whose script is that of the language but which has fewer than 20 letters of it, in
     Latin, Cyrillic or another script of many languages, is kept without asking for its language:
     the verdict would be noise. Such rows count neither for nor against the share. Rows without
-    any letter are in no language ("und") and dropped. A chat row with a blank turn is empty.
+    any letter are in no language ("und") and dropped. A chat row with a blank turn is empty, one of
+    more than 1,000,000 characters too long. Rows in broken characters and rows that repeat an
+    earlier one are dropped, and many of them refused: see data.quality.
     """
 
     def __init__(
@@ -141,12 +145,15 @@ class Gate:
         for row in rows:
             if self._passes(row):
                 held.append(row)
+            if self.read == PROBE:
+                refuse_poor(name, self.read, self.dropped)
             if not probing:
                 yield from held
                 held.clear()
             elif self._found.total() + self.unsure >= PROBE:
                 self._check_share(name)
                 probing = False
+        refuse_poor(name, self.read, self.dropped)
         if probing:
             self._check_share(name)
         self._check_left(name)
@@ -170,11 +177,12 @@ class Gate:
         self.dropped: Counter[str] = Counter()  # reason -> rows; "other language: en" and so on
         self._found: Counter[str] = Counter()  # language -> rows with a verdict
         self._lengths: dict[str, list[int]] = {"too short": [], "too long": []}
+        self._repeats = Repeats()
 
     def _passes(self, row: Row) -> bool:
         self.read += 1
         text = judged_text(row, self._of)
-        reason = self._misfit(row, text) or self._foreign(text)
+        reason = self._misfit(row, text) or self._repeats(row) or self._foreign(text)
         if reason is not None:
             self.dropped[reason] += 1
         return reason is None
@@ -183,8 +191,11 @@ class Gate:
         blank = any(not turn["content"].strip() for turn in row.get("messages", []))
         if blank or not text.strip():
             return "empty"
+        if is_mojibake(text):
+            return MOJIBAKE
         short = len(text) < self._min_chars
-        if not short and (self._max_chars is None or len(text) <= self._max_chars):
+        most = HUGE if self._max_chars is None and "messages" in row else self._max_chars
+        if not short and (most is None or len(text) <= most):
             return None
         reason = "too short" if short else "too long"
         if len(self._lengths[reason]) < 10_000:  # a median of so many is exact enough

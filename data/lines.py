@@ -3,10 +3,14 @@
 import gzip
 import lzma
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from data.storage import stream
+
+LONGEST = 1 << 26  # bytes of a line; a longer one is no row, and would fill the memory
 CHUNK = 2_000  # characters in a piece of prose or code, unless a single paragraph is longer
 
 Lines = Iterator[tuple[int, str]]
@@ -28,35 +32,80 @@ def check_encoding(encoding: str) -> None:
         )
 
 
+def packing(path: Path) -> str:
+    """How a file is compressed, by its name: ".xz", ".gz" or ""."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in (".xz", ".gz") else ""
+
+
 def _open(path: Path) -> BinaryIO:
-    if path.suffix == ".xz":
-        return cast(BinaryIO, lzma.open(path, "rb"))
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    return path.open("rb")
+    file = stream(path)
+    if packing(path) == ".xz":
+        return cast(BinaryIO, lzma.open(file, "rb"))
+    if packing(path) == ".gz":
+        return cast(BinaryIO, gzip.open(file, "rb"))
+    return cast(BinaryIO, file)
 
 
-def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yields (line number, undecoded line); ValueError for a broken .xz or .gz."""
+def raw_lines(path: Path, longest: int = -1) -> Iterator[tuple[int, bytes]]:
+    """Yields (line number, undecoded line); ValueError for a broken .xz or .gz, and for a line of
+    more than `longest` bytes (-1: any)."""
+    number, limit = 0, longest + 1 if longest >= 0 else -1
     try:
         with _open(path) as file:
-            yield from enumerate(file, start=1)
-    except (lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
+            while line := file.readline(limit):
+                number += 1
+                if len(line) == limit:
+                    raise ValueError(_too_long(path, number, longest))
+                yield number, line
+    except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(
-            f"{path} is not a whole {path.suffix} file ({error}): fetch or compress it again"
+            f"{path} is not a whole {packing(path)} file ({error}; {number:,} lines were read): "
+            "fetch or compress it again"
         ) from None
 
 
-def decoded_lines(path: Path, encoding: str) -> Lines:
-    """Yields (line number, line with its end); ValueError for bytes of another encoding."""
-    for number, raw in raw_lines(path):
+def _too_long(path: Path, number: int, longest: int) -> str:
+    return (
+        f"{path}, line {number}: longer than {longest / 2**20:,.0f} MiB, expected a row a line: "
+        "split or delete it (a file with one array of objects is called .json)"
+    )
+
+
+def decoded_lines(path: Path, encoding: str, longest: int = LONGEST) -> Lines:
+    """Yields (line number, line with its end); ValueError for bytes of another encoding or format,
+    and for a line of more than `longest` bytes."""
+    for number, raw in raw_lines(path, longest):
+        if number == 1:
+            _refuse_formats(path, raw)
         try:
             line = raw.decode(encoding)
         except UnicodeDecodeError:
             raise ValueError(
                 f"{path} is not {encoding.upper()} at line {number}; {_guess(raw)}"
             ) from None
-        yield number, line.removeprefix("\ufeff") if number == 1 else line
+        if "\0" in line:
+            raise ValueError(
+                f"{path}, line {number}: a NUL byte, so it is no text: binary, UTF-16, or a copy "
+                "that was cut off: fetch or convert it again"
+            )
+        yield number, line.removeprefix("\ufeff")  # files that were joined have several
+
+
+def _refuse_formats(path: Path, raw: bytes) -> None:
+    """Raises ValueError for a first line that begins as a file of another format does."""
+    for begin, format, advice in (
+        (b"\x1f\x8b", "gzip", "add .gz to its name"),
+        (b"\xfd7zXZ\0", "xz", "add .xz to its name"),
+        (b"PAR1", "parquet", "name it .parquet"),
+        (b"\x28\xb5\x2f\xfd", "zstd", "unpack it (zstd -d)"),
+        (b"BZh", "bzip2", "unpack it (bunzip2)"),
+        (b"PK\x03\x04", "zip", "unpack it (unzip)"),
+        (b"%PDF-", "PDF", "extract its text"),
+        (b"SQLite format 3", "SQLite", "export its rows"),
+    ):
+        if raw.startswith(begin):
+            raise ValueError(f"{path} is a {format} file by its first bytes: {advice}")
 
 
 def _guess(raw: bytes) -> str:

@@ -217,7 +217,9 @@ def _schema(column: str, record: Mapping[str, Any], where: str) -> str:
 
 
 def _from_sharegpt(turn: Mapping[str, Any]) -> dict[str, Any]:
-    return {"role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn.get("value")}
+    speaker = turn["from"]
+    role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    return {"role": role, "content": turn.get("value")}
 
 
 def _whole(text: str) -> str:

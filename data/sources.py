@@ -12,6 +12,7 @@ from data import hub
 from data.files import FORMATS, Records, find, read
 from data.lines import CHUNK, check_encoding
 from data.rows import Only, Row, Shape, value_of
+from data.storage import BLOCK, stream
 
 
 def prompt_of(row: Row) -> str:
@@ -124,8 +125,8 @@ class Local(Source):
         digest = hashlib.sha256(repr(how).encode())
         for path in find(self._files):
             digest.update("".join(path.suffixes[-2:]).encode())
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
+            with stream(path) as file:
+                while block := file.read(BLOCK):
                     digest.update(block)
         return digest.hexdigest()
 

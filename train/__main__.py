@@ -13,10 +13,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train.compose import ROOT, resolvers, unknown
+from data.secrets import guard, redacted, refuse, refuse_word
+from train.compose import ROOT, check_name, refuse_commands, resolvers, unknown
 
 SWEPT: list[tuple[int, float | None, str]] = []  # the runs of a sweep: code, speedup, overrides
 CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
+# Hydra's others read configurations from elsewhere, or a pickle
+SWITCHES = ("-m", "--multirun", "-c", "--cfg", "-p", "--package", "-i", "--info", "--resolve")
 HYDRA = ("hydra/sweeper", "hydra/launcher", "hydra.sweeper", "hydra.launcher", "hydra.sweep")
 HELP = """\
 draftsmith makes draft models for speculative decoding, and measures what they save.
@@ -41,11 +44,15 @@ def main() -> None:
     sys.argv[1:] = [a for a in sys.argv[1:] if not re.match(r"--?local[_-]rank", a)]
     resolvers()
     store = ConfigStore.instance()
+    try:
+        for path in (*sorted(RECIPES.glob("*.yaml")), *sorted(CONF.glob("*/*.yaml"))):
+            refuse_commands(path)
+        for word in sys.argv[1:]:
+            refuse_word(word)
+    except ValueError as error:
+        _stop(str(error))
     for path in sorted(RECIPES.glob("*.yaml")):
-        recipe = OmegaConf.load(path)
-        if "hydra" in recipe:
-            _stop(f"{path.name} has settings of Hydra itself, which could run code; remove them")
-        store.store(path.stem, recipe, group="recipe", package="_global_")
+        store.store(path.stem, OmegaConf.load(path), group="recipe", package="_global_")
     if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return
@@ -68,6 +75,11 @@ def help_text() -> str:
 
 def _check(arguments: list[str]) -> None:
     """Composes once beforehand, so that a misspelling is one sentence with the valid names."""
+    for switch in (a.partition("=")[0] for a in arguments if a.startswith("-")):
+        if switch not in SWITCHES:
+            _stop(
+                f"{switch} is no switch here, expected one of {', '.join(SWITCHES)}: leave it out"
+            )
     pairs = zip(["", *arguments], arguments, strict=False)
     takes = ("-c", "--cfg", "-p", "--package", "-i", "--info")  # a word that is no override
     words = [a for before, a in pairs if not a.startswith("-") and before not in takes]
@@ -82,6 +94,11 @@ def _check(arguments: list[str]) -> None:
             _stop(f"{key} cannot be set here; of Hydra's own settings {', '.join(HYDRA)} can")
         if key.startswith("hydra") and "_target_" in str(override.input_line):
             _stop(f"{override.input_line} names code; choose a plugin with hydra/sweeper=NAME")
+        if str(override.package or "").startswith(("hydra", "_global_")):
+            _stop(f"{override.input_line} would change settings of Hydra itself: leave it out")
+        chosen = str(override.input_line).partition("=")[2]
+        if (key == "recipe" or (CONF / key).is_dir()) and re.search(r"[/\\]|\.\.", chosen):
+            _stop(f"{override.input_line} leads out of conf/{key}, expected a name of a file there")
         if override.is_sweep_override() and "glob(" in str(override.input_line):
             return  # Hydra expands it, and lists the options itself
         key = override.get_key_element()
@@ -151,9 +168,13 @@ def _task(config: DictConfig) -> float | None:
     settings = {str(key): value for key, value in plain.items()}
     from hydra.core.hydra_config import HydraConfig
 
-    run = _runner(settings)
     here = HydraConfig.get()
-    name = str(here.runtime.choices["recipe"])
+    try:
+        refuse(settings, "")
+        name = check_name("recipe", here.runtime.choices["recipe"])
+    except ValueError as error:
+        _stop(str(error))
+    run = _runner(settings)
     if here.mode is not None and here.mode.name == "MULTIRUN":
         words = [word for word in here.overrides.task if not word.startswith("recipe=")]
         print(f"\n=== run {here.job.num} of the sweep: {name} {' '.join(words)}", flush=True)
@@ -185,9 +206,10 @@ def _conclude() -> int:
 
 
 def _stop(sentence: str) -> NoReturn:
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {redacted(sentence)}", file=sys.stderr)
     sys.exit(2)
 
 
 if __name__ == "__main__":
+    guard()
     main()

@@ -12,14 +12,19 @@ import os
 import re
 import types
 import typing
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
+
+from data.secrets import refuse
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("decoding", "drafters", "data", "eval", "train")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of what becomes a file's or folder's name
 ENVIRONMENT = {"DRAFTSMITH_SHARED": "../shared"}  # what a configuration may read, with defaults
 
 
@@ -44,6 +49,70 @@ def _environment(name: str) -> str:
     return str(place)
 
 
+def check_name(what: str, name: Any) -> str:
+    """The name, if a file or folder may be called so on any system; ValueError if not."""
+    if isinstance(name, str) and NAME.fullmatch(name):
+        return name
+    odd = [c for c in str(name) if not re.match(r"[A-Za-z0-9._-]", c)]
+    shown = str(name) if len(str(name)) <= 60 else f"{str(name)[:60]}..."
+    hint = f" ({odd[0]!r} is {unicodedata.name(odd[0], 'a control character')})" if odd else ""
+    raise ValueError(
+        f"{what} is {shown!r}{hint}, expected 1 to 100 of the characters A-Z a-z 0-9 . _ -, the "
+        "first a letter or digit: it names a file"
+    )
+
+
+def inside(root: Path, *parts: str) -> Path:
+    """root/parts; ValueError where that, symbolic links followed, is not below root."""
+    place = root.joinpath(*parts)
+    real = place.resolve()
+    if not real.is_relative_to(root.resolve()):
+        raise ValueError(
+            f"{place} leads to {real}, which is outside of {root}: remove the symbolic link, or "
+            "set output_dir to the folder that is meant"
+        )
+    return place
+
+
+def refuse_commands(file: Path) -> None:
+    """Raises ValueError for a part or recipe that does more than name parts and settings: one that
+    reaches Hydra's own settings, which can run code, or a file outside of conf/ and recipes/."""
+    text = file.read_text(encoding="utf-8")
+    config = yaml.safe_load(text)
+    header = re.search(r"^\s*#\s*@package\s", text, re.MULTILINE)
+    for name in [*(["@package"] if header else []), *_reaching(config)]:
+        raise ValueError(
+            f"{file.name}: {name!r} is not for a recipe or part, which names parts of conf/ and "
+            "their settings only; Hydra's own settings could run code: remove it"
+        )
+
+
+def _reaching(config: Any) -> Iterator[str]:
+    """The keys, groups and choices in a configuration that reach where they may not."""
+    if isinstance(config, list):
+        for item in config:
+            yield from _reaching(item)
+    if not isinstance(config, dict):
+        return
+    for key, value in config.items():
+        if str(key) == "hydra" or str(key).startswith(("hydra.", "hydra/")):
+            yield str(key)
+        yield from _choices(value) if key == "defaults" else _reaching(value)
+
+
+def _choices(defaults: Any) -> Iterator[str]:
+    for entry in defaults if isinstance(defaults, list) else [defaults]:
+        pairs = entry.items() if isinstance(entry, dict) else [("", entry)]
+        for key, chosen in pairs:
+            group, _, package = str(key).removeprefix("override ").strip().partition("@")
+            inner = re.fullmatch(r"/?[a-z_]*", group) and not group.strip("/").startswith("hydra")
+            if not inner or not re.fullmatch(r"(?!hydra\b|_global_)[\w.]*", package):
+                yield str(key)
+            for name in chosen if isinstance(chosen, list) else [chosen]:
+                if name not in (None, "_self_") and not NAME.fullmatch(str(name)):
+                    yield str(name)
+
+
 def find(name: Any, place: str) -> type:
     """The class that `_target_` names; it must be defined in this repository."""
     parts = name.split(".") if isinstance(name, str) else []
@@ -65,23 +134,29 @@ def find(name: Any, place: str) -> type:
 def bind(config: Any, place: str) -> None:
     """Checks a configuration, nested ones too, against the signatures of the classes it names.
 
-    Raises ValueError naming the key, the nearest valid name and all valid names.
+    Raises ValueError naming the key, the nearest valid name and all valid names; for a token or a
+    password, naming its place only.
     """
+    refuse(config, place)
+    _bind(config, place)
+
+
+def _bind(config: Any, place: str) -> None:
     if isinstance(config, list):
         for i, item in enumerate(config):
-            bind(item, f"{place}[{i}]")
+            _bind(item, f"{place}[{i}]")
     if not isinstance(config, dict):
         return
     if "_target_" not in config:
         for key, value in config.items():
-            bind(value, f"{place}.{key}")
+            _bind(value, f"{place}.{key}")
         return
     cls = find(config["_target_"], place)
     accepted = _arguments(cls)
     for key, value in config.items():
         if key != "_target_" and key not in accepted:
             raise ValueError(unknown(f"{place}.{key}", key, accepted))
-        bind(value, f"{place}.{key}")
+        _bind(value, f"{place}.{key}")
     for key, parameter in accepted.items():
         if parameter.default is parameter.empty and key not in config:
             raise ValueError(f"{place}.{key} is missing: {cls.__name__} cannot do without it")

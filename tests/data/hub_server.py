@@ -31,24 +31,60 @@ def files_of(configs: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, b
     return files | {"README.md": "\n".join([*card, "---", ""]).encode()}
 
 
+class Faults:
+    """Which requests fail, counted from `arm`, and how: error (503), drop (no answer), cut."""
+
+    def __init__(self) -> None:
+        self.count, self._from, self._times, self._how = 0, 0, 0, ""
+        self._lock = threading.Lock()
+
+    def arm(self, first: int, times: int, how: str) -> None:
+        self.count, self._from, self._times, self._how = 0, first, times, how
+
+    def next(self) -> str | None:
+        with self._lock:
+            number, self.count = self.count, self.count + 1
+        return self._how if self._from <= number < self._from + self._times else None
+
+
 class Asked(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     sets: dict[str, dict[str, bytes]]
     commits: set[str]
     revisions: set[tuple[str, str]]  # (data set, revision) of every request
+    faults: Faults
 
     def do_GET(self) -> None:
-        self._answer(*self._find())
+        if not self._fails():
+            self._answer(*self._find())
 
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         kind, files, _ = self._look()
+        if self._fails():
+            return None
         if kind != "paths-info" or files is None:
             return self._answer(404, b"")
         wanted = json.loads(body)["paths"]
         self._answer(200, _json([_entry(p, files[p]) for p in wanted if p in files]))
+
+    def _fails(self) -> bool:
+        """Answers wrongly, if this request is one of those that shall fail."""
+        how = self.faults.next()
+        if how == "error":
+            self._answer(503, b"")
+        elif how == "drop":
+            self.close_connection = True
+        elif how == "cut":
+            status, body = self._find()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body) + 9))
+            self.end_headers()
+            self.wfile.write(body[: len(body) // 2])
+            self.close_connection = True
+        return how is not None
 
     def log_message(self, format: str, *args: Any) -> None:
         """Says nothing: a test's output stays its own."""
@@ -124,12 +160,16 @@ def _entry(path: str, raw: bytes) -> dict[str, Any]:
 
 
 @contextmanager
-def serving(sets: Sets, commits: set[str]) -> Iterator[tuple[str, set[tuple[str, str]]]]:
+def serving(
+    sets: Sets, commits: set[str], faults: Faults | None = None
+) -> Iterator[tuple[str, set[tuple[str, str]]]]:
     """(address, the revisions that were asked for); main and `commits` are the revisions there."""
     revisions: set[tuple[str, str]] = set()
     known = {"sets": {name: files_of(configs) for name, configs in sets.items()}}
     handler = type(
-        "Handler", (Asked,), known | {"commits": commits | {HEAD}, "revisions": revisions}
+        "Handler",
+        (Asked,),
+        known | {"commits": commits | {HEAD}, "revisions": revisions, "faults": faults or Faults()},
     )
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,13 +1,26 @@
 """Loss masks by prefix rendering, under real tokenizers and templates that misbehave."""
 
+import json
+import re
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data.chat import Unrenderable, prompt_ids, render, require_template, template_hash
-from data.documents import Documents
+from data.chat import (
+    Unrenderable,
+    prompt_ids,
+    render,
+    require_same_tokenizer,
+    require_template,
+    template_hash,
+)
+from data.documents import PIECE, Documents
+from decoding.target import Shape
+from drafters.lm import LM
+from tests import tiny
+from tests.toys import tiny_model
 
 END = {"models/koen-17m": "<|end|>", "tokenizers/qwen2": "<|im_end|>"}
 
@@ -122,17 +135,34 @@ def test_a_conversation_without_an_answer_is_refused(qwen):
         render(qwen, [SYSTEM, USER])
 
 
-@pytest.mark.parametrize("talk", [[], [ANSWER], [ANSWER, USER, LAST]], ids=len)
+@pytest.mark.parametrize(
+    "talk", [[], [ANSWER], [ANSWER, USER, LAST], [SYSTEM, ANSWER, USER, LAST]], ids=len
+)
 def test_a_conversation_that_begins_with_an_answer_is_refused(named, talk):
     """ShareGPT has many; they must not end a run."""
     with pytest.raises(Unrenderable, match="it begins with an answer"):
         render(named[0], talk)
 
 
+def test_answers_that_follow_each_other_are_refused(qwen):
+    with pytest.raises(Unrenderable, match="two answers follow each other"):
+        render(qwen, [USER, ANSWER, LAST])
+    ids, mask = render(qwen, [USER, MORE, ANSWER])  # a user may say two things
+    assert spans(qwen, ids, mask) == [ANSWER["content"] + "<|im_end|>"]
+
+
+def test_an_empty_answer_is_its_end_token_alone(qwen):
+    """Which a target may say; a Gate leaves such rows out before."""
+    ids, mask = render(qwen, [USER, {"role": "assistant", "content": ""}])
+    assert spans(qwen, ids, mask) == ["<|im_end|>"]
+
+
 def test_a_row_that_the_template_itself_refuses_is_dropped_like_others(qwen):
     qwen.chat_template = "{{ raise_exception('Roles must alternate') }}"
     with pytest.raises(Unrenderable, match="Roles must alternate"):
         render(qwen, TALKS["one turn"])
+    with pytest.raises(Unrenderable, match=r"template refuses it .Roles must alternate"):
+        prompt_ids(qwen, [USER])
 
 
 def test_a_missing_template_is_one_sentence(qwen):
@@ -154,7 +184,7 @@ def test_too_many_unrenderable_conversations_stop_with_the_counts(qwen):
     """Above 5 % it is the template, not the rows."""
     good = [{"messages": TALKS["one turn"]}]
     bad = [{"messages": [USER]}]
-    with pytest.raises(ValueError, match=r"2 of 12 conversations of web cannot be rendered.*2 bec"):
+    with pytest.raises(ValueError, match=r"2 of 12 rows of web cannot be rendered.*2 bec"):
         list(Documents(qwen, "web")(good * 10 + bad * 2, False))
     documents = Documents(qwen, "web")
     assert len(list(documents(good * 39 + bad, False))) == 39
@@ -177,3 +207,88 @@ def test_text_is_all_supervised_between_its_marks(shared: Path):
     assert tokenizer.decode(document.ids[1:-1]) == "한국어 글입니다."
     assert all(document.mask)
     assert document.splittable
+
+
+# ---- drafter and target: one tokenizer
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory) -> Any:
+    return tiny.tokenizer(tiny.write_texts(tmp_path_factory.mktemp("ours")))
+
+
+def swap(made: dict[str, Any]) -> None:
+    vocabulary = made["model"]["vocab"]
+    vocabulary["Ġ"], vocabulary["e"] = vocabulary["e"], vocabulary["Ġ"]
+
+
+def add(made: dict[str, Any]) -> None:
+    special = made["added_tokens"][-1] | {"id": 300, "content": "<|call|>"}
+    made["added_tokens"].append(special)
+
+
+def unlearn(made: dict[str, Any]) -> None:
+    del made["model"]["merges"][0]
+
+
+def lower(made: dict[str, Any]) -> None:
+    made["normalizer"] = {"type": "Lowercase"}
+
+
+OTHERS = {
+    "same size, different ids": (
+        swap,
+        r"id \d+ is '(Ġ|e)' in it and '(Ġ|e)' in the target's; a dr",
+    ),
+    "added token": (add, r"id 300 is '<\|call\|>' in it and nothing in the target's \(301 tokens"),
+    "another merge": (unlearn, r" is \[.* in it and \[.* in the target's; a drafter must share"),
+    "another normalizer": (lower, r".The year 2,048: .* is \[.* in it and \[.* in the target's"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_drafter_with_another_tokenizer_is_refused_by_what_differs(case, ours, tmp_path):
+    change, message = OTHERS[case]
+    ours.save_pretrained(tmp_path)
+    made = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    change(made)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made), "utf-8")
+    with pytest.raises(ValueError, match=r"the tokenizer of .* is not the target's: ") as error:
+        require_same_tokenizer(ours, str(tmp_path))
+    assert re.search(message, str(error.value))
+
+
+def test_the_same_tokenizer_with_another_template_is_a_warning(ours, tmp_path, capsys):
+    ours.save_pretrained(tmp_path)
+    require_same_tokenizer(ours, str(tmp_path))
+    assert capsys.readouterr().out == ""
+    template = tmp_path / "chat_template.jinja"
+    template.write_text(template.read_text("utf-8").replace("<|end|>", "<|end|>\n"), "utf-8")
+    require_same_tokenizer(ours, str(tmp_path))
+    said = capsys.readouterr().out
+    assert "warning: the chat template of" in said
+    assert f"is not the target's ({template_hash(ours)})" in said
+
+
+def test_a_padded_vocabulary_is_named_by_both_sizes(tmp_path):
+    tiny_model(vocab=64).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has 64 tokens and the target 72"):
+        LM(Shape(72, 32, 2, 4, 4, 64, 512), checkpoint=str(tmp_path))
+
+
+def test_text_of_any_length_is_tokenised_in_pieces(ours):
+    """Cut at white space where there is some; nothing is lost."""
+    text = "Der Hund trinkt Milch am Abend im Garten. " * 6_000
+    (document,) = Documents(ours, "x")([{"text": text}], False)
+    assert len(text) > 2 * PIECE
+    assert ours.decode(document.ids[1:-1]) == text
+    assert document.ids[1:-1] == ours(text, add_special_tokens=False)["input_ids"]
+    (word,) = Documents(ours, "x")([{"text": "H" * (2 * PIECE + 5)}], False)
+    assert ours.decode(word.ids[1:-1]) == "H" * (2 * PIECE + 5)
+
+
+def test_text_of_one_token_is_counted_as_teaching_nothing(qwen):
+    """Where a tokenizer adds neither beginning nor end, one token has nothing to predict it."""
+    qwen.bos_token = qwen.eos_token = None
+    with pytest.raises(ValueError, match=r"1 of 1 rows of x cannot .* fewer than two tokens"):
+        list(Documents(qwen, "x")([{"text": "a"}], False))

@@ -44,7 +44,7 @@ def stage(place: Path, **changed: Any) -> Generate:
 
 
 def shards(out: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted((out / "artifact").glob("shard-*"))}
+    return {p.name: p.read_bytes() for p in sorted((out / "artifact").glob("shard-*.json*"))}
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -155,7 +155,7 @@ def test_a_shard_cut_off_by_a_kill_is_made_whole(place: Path, made: Path, tmp_pa
     stage(place).run(out)
     before = shards(out)
     cut = out / "artifact" / "shard-00002.jsonl"
-    cut.with_suffix(".part").write_bytes(cut.read_bytes()[:50])
+    cut.with_name(cut.name + ".part").write_bytes(cut.read_bytes()[:50])
     cut.write_bytes(cut.read_bytes()[:50])
     cut.with_suffix(".counts.json").unlink()
     stage(place).run(out)
@@ -264,6 +264,23 @@ def test_a_target_without_a_chat_template_is_refused(place: Path, tmp_path: Path
     bare = Pretrained(path=str(tmp_path / "bare"), dtype="float32")
     with pytest.raises(ValueError, match=r"the tokenizer of .*bare has no chat template"):
         stage(place, target=bare).run(tmp_path / "out")
+
+
+def test_prompts_that_the_template_refuses_are_counted(place: Path, tmp_path: Path):
+    """Some templates know no system turn: one such conversation must not end hours of work."""
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template += (place / "target" / "chat_template.jinja").read_text("utf-8")
+    target = Pretrained(path=str(place / "target"), dtype="float32", chat_template=template)
+    talks = [[{"role": "user", "content": f"{n}. Der Hund?"}] for n in range(12)]
+    for talk in talks[:4]:
+        talk.insert(0, {"role": "system", "content": "Kurz bitte."})
+    file = tmp_path / "talks.jsonl"
+    file.write_text("".join(json.dumps({"m": talk}) + "\n" for talk in talks))
+    source = Local(files=[str(file)], messages="m")
+    stage(place, target=target, prompts=source, limit=None, max_new_tokens=60).run(tmp_path)
+    counts = json.loads((tmp_path / "artifact" / "data.json").read_text())["counts"]
+    assert counts["refused by the chat template"] == 4
+    assert counts["kept"] > 0
 
 
 def test_two_ranks_write_the_shards_of_one(place: Path, made: Path, tmp_path: Path, monkeypatch):

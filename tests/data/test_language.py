@@ -4,8 +4,10 @@ import itertools
 
 import pytest
 
-from data.language import MISTAKEN, SCRIPT_OF, Gate, language_of
+from data.language import MISTAKEN, SCRIPT_OF, Gate, Gated, language_of
+from data.quality import is_mojibake
 from data.rows import Row
+from data.sources import Local
 
 EN = "The weather was beautiful yesterday, and we walked along the river."
 KO = "어제는 날씨가 좋아서 강을 따라 걸었습니다."
@@ -15,6 +17,11 @@ FR = "Hier il faisait beau et nous nous sommes promenés le long de la rivière.
 
 def rows(*texts: str) -> list[Row]:
     return [{"text": text} for text in texts]
+
+
+def many(text: str, count: int) -> list[str]:
+    """The text, no two alike."""
+    return [f"{n}. {text}" for n in range(count)]
 
 
 def chat(prompt: str, answer: str) -> Row:
@@ -84,7 +91,7 @@ def test_without_a_language_all_languages_pass():
 
 
 def test_wrong_language_stops_with_what_was_found():
-    given = rows(*[KO] * 3, *[EN] * 96, "1")
+    given = rows(*many(KO, 3), *many(EN, 96), "1")
     with pytest.raises(ValueError, match=r"asked for") as error:
         list(Gate("ko")(given, "data/x.tsv"))
     assert str(error.value) == (
@@ -101,20 +108,20 @@ def test_no_row_leaves_before_2000_rows_are_seen_and_none_waits_longer():
 
     def endless(*texts: str):
         for text in itertools.cycle(texts):
-            next(read)
-            yield {"text": text}
+            yield {"text": f"{next(read)} {text}"}
 
     with pytest.raises(ValueError, match=r"found 50 % ko, 50 % en in 2,000 rows of the source"):
         next(Gate("ko")(endless(KO, EN)))
     assert next(read) == 2_000
     passing = Gate("ko")(endless(KO))
-    assert [row["text"] for row in itertools.islice(passing, 3_000)] == [KO] * 3_000
+    passed = [row["text"] for row in itertools.islice(passing, 3_000)]
+    assert passed == [f"{n} {KO}" for n in range(2_001, 5_001)]
     assert next(read) == 2_001 + 3_000
 
 
 def test_later_rows_of_another_language_are_dropped_not_fatal():
     gate = Gate("ko")
-    assert len(list(gate(rows(*[KO] * 2_000, *[EN] * 9_000)))) == 2_000
+    assert len(list(gate(rows(*many(KO, 2_000), *many(EN, 9_000))))) == 2_000
     assert gate.dropped == {"other language: en": 9_000}
 
 
@@ -144,7 +151,7 @@ def test_every_row_filtered_says_why():
         "1 empty: widen min_chars, max_chars or language, or name another column"
     )
     with pytest.raises(ValueError, match=r"every row filtered: 0 of 2 .* 2 other language \(en 2"):
-        list(Gate("ko", min_share=0)(rows(EN, EN)))
+        list(Gate("ko", min_share=0)(rows(EN, EN + "!")))
     with pytest.raises(ValueError, match=r"x\.csv has no rows"):
         list(Gate("ko")([], "x.csv"))
 
@@ -177,3 +184,60 @@ def test_a_blank_turn_makes_a_conversation_empty():
 def test_bad_setting(settings, message):
     with pytest.raises(ValueError, match=message):
         Gate(**settings)
+
+
+def local(folder, texts: list[str], **settings) -> Local:
+    (folder / "a.txt").write_bytes("".join(f"{text}\n" for text in texts).encode())
+    return Local(files=[str(folder / "a.txt")], text="{text}", **settings)
+
+
+def test_a_file_of_another_language_is_refused_by_what_is_in_it(tmp_path):
+    source = local(tmp_path, many(EN, 300), language="ko")
+    with pytest.raises(
+        ValueError, match=r"asked for ko, found 0 % ko, 100 % en in 300 rows of .*a"
+    ):
+        list(Gated(source, of="all"))
+
+
+@pytest.mark.parametrize(("share", "passes"), [(5, True), (15, True), (30, False), (60, False)])
+def test_contamination(tmp_path, share, passes):
+    """A few foreign rows are left out; where they are many the file is wrong."""
+    korean = many(KO, 20 * (100 - share))
+    mixed = [*korean, *many(EN, 20 * share)]
+    gated = Gated(local(tmp_path, mixed[::3] + mixed[1::3] + mixed[2::3], language="ko"), of="all")
+    if passes:
+        assert sorted(row["text"] for row in gated) == sorted(korean)
+        assert f"{20 * share:,} other language (en {20 * share:,})" in gated.summary()
+    else:
+        with pytest.raises(ValueError, match=rf"found {100 - share} % ko, {share} % en in 2,000 "):
+            list(gated)
+
+
+def garbled(text: str, encoding: str) -> str:
+    """UTF-8 read as a one-byte encoding, as browsers do."""
+    return "".join(
+        bytes([byte]).decode(encoding if byte not in (0x81, 0x8D, 0x8F, 0x90, 0x9D) else "latin-1")
+        for byte in text.encode()
+    )
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
+@pytest.mark.parametrize("text", [DE, FR, KO, "Привет", "日本語の文", "naïve café"])
+def test_mojibake_is_told_from_foreign_letters(text, encoding):
+    assert is_mojibake(garbled(text, encoding))
+    assert not is_mojibake(text)
+
+
+def test_mojibake_is_counted_and_much_of_it_refused(tmp_path):
+    """Whether a language was asked for or not: German stays German to a judge of languages."""
+    good = many(DE, 90)
+    broken = [garbled(text, "cp1252") for text in many(DE + " Öl", 10)]
+    gate = Gate(None)
+    assert [row["text"] for row in gate(rows(*good, *broken))] == good
+    assert gate.dropped == {"in broken characters": 10}
+    for language in (None, "de"):
+        with pytest.raises(ValueError, match=r"10 of 30 rows of x are in broken characters, exp"):
+            list(Gate(language)(rows(*good[:20], *broken), "x"))
+    lost = rows(*good, *(text.replace("t", "\ufffd") for text in many(EN, 5)))
+    assert len(list(gate(lost))) == 90
+    assert not is_mojibake("one cut emoji \ufffd")

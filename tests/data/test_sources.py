@@ -162,6 +162,9 @@ class TestHub:
     @pytest.fixture
     def load(self, monkeypatch):
         import datasets
+        from datasets import IterableDataset
+
+        monkeypatch.setattr("data.hub.PAUSE", 0.0)
 
         def set_to(result):
             def load_dataset(path, name, **settings):
@@ -169,7 +172,7 @@ class TestHub:
                 assert set(settings) == {"split", "revision"}
                 if isinstance(result, Exception):
                     raise result
-                return iter(result)
+                return IterableDataset.from_generator(lambda: iter(result))
 
             monkeypatch.setattr(datasets, "load_dataset", load_dataset)
 
@@ -182,9 +185,9 @@ class TestHub:
             list(Hub(path="org/set", name="ko", text="{x}").rows())
 
     def test_without_network(self, load):
-        import httpx
+        import httpx2
 
-        for cause in (ConnectionError("Couldn't reach it"), httpx.ConnectError("no route")):
+        for cause in (ConnectionError("Couldn't reach it"), httpx2.ConnectError("no route")):
             load(cause)
             with pytest.raises(ConnectionError, match=r"org/set train cannot .*HF_ENDPOINT.*Local"):
                 list(Hub(path="org/set", text="{t}").rows())
