@@ -3,18 +3,22 @@
 import difflib
 import hashlib
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from decoding.borrowed import Borrowed, parts_of
 from decoding.graphs import Graphs
 from decoding.probe import probe
-from decoding.sharded import Sharded, sharding
+from decoding.sharded import Gathered, Sharded, sharding
 from decoding.target import Shape, Target
 
 WHOLE = 256 * 2**20  # files up to this many bytes are hashed whole
+CLASSES = {None: Target, "tensor": Sharded, "zero3": Gathered}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -24,7 +28,8 @@ class Pretrained:
 
     `path` null says that a stage of the recipe trains the target. `chat_template` (Jinja) is for
     targets whose tokenizer comes without one; `thinking` sets the template's enable_thinking.
-    `parallel: tensor` shards a target that is too large for one device over all ranks of a stage.
+    `parallel` shards a target that is too large for one device over all ranks of a stage: `tensor`
+    for decoding, `zero3` for training (decoding/sharded.py).
     `graphs`: its scoring passes are replayed as CUDA graphs (bench and tune_tree set it).
     """
 
@@ -34,16 +39,16 @@ class Pretrained:
     shape: dict[str, Any] | None = None
     chat_template: str | None = None
     thinking: bool | None = None
-    parallel: Literal["tensor"] | None = None
+    parallel: Literal["tensor", "zero3"] | None = None
     graphs: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"target.dtype is {self.dtype!r}; it must be one of {list(DTYPES)}")
-        if self.parallel not in (None, "tensor"):
+        if self.parallel not in CLASSES:
             raise ValueError(
-                f"target.parallel is {self.parallel!r}; it must be tensor (sharded over the ranks) "
-                "or null (whole on each); ZeRO-3 is not supported for targets"
+                f"target.parallel is {self.parallel!r}; it must be null (whole on each rank), or "
+                "shared by the ranks: zero3 in training, tensor in decoding"
             )
         if self.graphs and self.parallel:
             raise ValueError(
@@ -60,6 +65,11 @@ class Pretrained:
             raise ValueError(f"target.path {self.path!r} does not exist{_near(Path(self.path))}")
         return contents_hash(self.path)
 
+    def for_decoding(self) -> "Pretrained":
+        """The same, sharded by tensors where it is sharded: zero3 gathers each layer anew for every
+        pass, which is for passes over many tokens."""
+        return replace(self, parallel="tensor") if self.parallel == "zero3" else self
+
     @property
     def name(self) -> str:
         """What reports and cards call it: a Hub id, or a folder's name without its place."""
@@ -73,18 +83,34 @@ class Pretrained:
         if self.graphs and not torch.cuda.is_available():  # asked here: plans are made elsewhere
             raise ValueError("graphs is true, and there is no CUDA device; set graphs=false")
         try:
-            parts = sharding(place, revision, self.name) if self.parallel else {}
+            parts = sharding(self.parallel, place, revision, self.name) if self.parallel else {}
             model = _model(place, revision=revision, dtype=DTYPES[dtype or self.dtype], **parts)
         except OSError as error:
             raise OSError(_unreachable(place, error)) from None
-        target = (Sharded if parts else Target)(model, name=self.name)
-        hub = None if folder else getattr(model.config, "_commit_hash", None)
-        target.revision = revision or hub or contents_hash(place)
+        target = CLASSES[self.parallel](model, name=self.name)
+        target.revision = self._revision(folder, model.config)
         target.graphs = Graphs(target.shape.layers) if self.graphs else None
         if not parts:  # a part of a model is where it belongs already
             target.to("cuda" if torch.cuda.is_available() else "cpu")
         probe(target)
         return target
+
+    def borrow(self, folder: Path | None = None) -> Borrowed:
+        """What draft heads borrow of the target (embedding, head, last norm and layer), without
+        reading the rest."""
+        place, revision = str(folder or self.path), None if folder else self.revision
+        try:
+            model = parts_of(place, revision, DTYPES[self.dtype])
+        except OSError as error:
+            raise OSError(_unreachable(place, error)) from None
+        target = Borrowed(model, name=self.name)
+        target.revision = self._revision(folder, model.config)
+        return target
+
+    def _revision(self, folder: Path | None, config: Any) -> str:
+        """Of the Hub, or a hash of the files."""
+        hub = None if folder else self.revision or getattr(config, "_commit_hash", None)
+        return hub or contents_hash(folder or str(self.path))
 
     def shape_of(self, folder: Path | None = None) -> Shape:
         """The target's shape, from its configuration alone."""
@@ -92,7 +118,11 @@ class Pretrained:
 
         place, revision = str(folder or self.path), None if folder else self.revision
         try:
-            return Shape.of(AutoConfig.from_pretrained(place, revision=revision))
+            with no_foreign_code(place):
+                config = AutoConfig.from_pretrained(
+                    place, revision=revision, trust_remote_code=False
+                )
+            return Shape.of(config)
         except OSError as error:
             raise OSError(_unreachable(place, error)) from None
 
@@ -103,9 +133,10 @@ class Pretrained:
         place = str(folder or self.path)
         revision = None if folder else self.revision
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                place, revision=revision, trust_remote_code=False
-            )
+            with no_foreign_code(place):
+                tokenizer = AutoTokenizer.from_pretrained(
+                    place, revision=revision, trust_remote_code=False
+                )
         except OSError as error:
             raise OSError(_unreachable(place, error)) from None
         if self.chat_template:
@@ -128,6 +159,28 @@ def _model(place: str, **options: Any) -> Any:
         raise ValueError(
             f"the target {place} is no decoder-only model that transformers knows: "
             f"{' '.join(str(error).split())[:200]}; choose another"
+        ) from None
+    except Exception as error:
+        if type(error).__name__ not in ("UnpicklingError", "SafetensorError"):
+            raise
+        raise ValueError(  # torch's own words advise to read the file in an unsafe way
+            f"the weights in {place} are damaged, or hold more than tensors; get them again, as "
+            "safetensors"
+        ) from None
+
+
+@contextmanager
+def no_foreign_code(place: str) -> Iterator[None]:
+    """Raises ValueError, in our words, where transformers wants to run code that comes with a
+    model: it advises to allow that."""
+    try:
+        yield
+    except ValueError as error:
+        if "custom code" not in str(error):
+            raise
+        raise ValueError(
+            f"{place} needs code that comes with it, which draftsmith never runs; choose one that "
+            "transformers itself knows"
         ) from None
 
 

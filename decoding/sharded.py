@@ -1,14 +1,17 @@
-"""A target that no single device holds: its matrices are sharded over the ranks of the job.
+"""A target that no single device holds: the ranks of the job share its weights.
 
-transformers shards them (Shoeybi et al. 2019: columns, then rows, one sum a sublayer; embedding and
-head by vocabulary); here stand what such a target refuses and what keeps the ranks in step. Every
-rank runs the same loop on the same prompts: since randomness is keyed by the request and sums are
-the same on all ranks, all of them draft, verify and keep the same tokens.
+Two ways, both by transformers' own plans and loader, which reads no more than a rank's part.
+`tensor` is for decoding (Shoeybi et al. 2019: columns, then rows, one sum a sublayer; embedding and
+head by vocabulary): every rank runs the same loop on the same prompts, and since randomness is
+keyed by the request and sums are the same on all ranks, all of them draft, verify and keep the same
+tokens. `zero3` is for training (stage 3 of Rajbhandari et al. 2020, by PyTorch's fully_shard): each
+rank reads rows of its own, and each layer is gathered for its part of a pass and dropped again.
 
 Shapes: B batch, T tokens, D target width.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -22,8 +25,16 @@ from decoding.target import Shape, Target, TargetOut
 V = TypeVar("V")
 
 
-class Sharded(Target):
-    """A target of which this rank holds a part. All ranks must call it with the same tokens."""
+class Parted(Target):
+    """A target of which this rank holds a part. All ranks must take part in each of its passes."""
+
+    def agree(self, value: V) -> V:
+        """Rank 0's value on all ranks, as JSON gives it back."""
+        return Ranks.here(together=True).decide(lambda: value)
+
+
+class Sharded(Parted):
+    """`tensor`: this rank holds a part of each matrix. All ranks must read the same tokens."""
 
     def head_rows(self, ids: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor, Replicate
@@ -34,10 +45,6 @@ class Sharded(Target):
         same = DTensor.from_local(ids, weight.device_mesh, [Replicate()], run_check=False)
         rows: Tensor = F.embedding(same, weight).full_tensor()  # type: ignore[attr-defined]
         return rows if self.scale == 1 else rows * self.scale
-
-    def agree(self, value: V) -> V:
-        """Rank 0's value on all ranks, as JSON gives it back."""
-        return Ranks.here(together=True).decide(lambda: value)
 
     def _states(
         self,
@@ -51,10 +58,46 @@ class Sharded(Target):
         return super()._states(ids_BT, positions_BT, mask, cache, taps)
 
 
+class Gathered(Parted):
+    """`zero3`: this rank holds a part of each layer, which a pass gathers. What lies outside of the
+    layers (embedding, last norm, head) is whole on each rank: training reads it at every chunk.
+
+    Ranks may read different tokens, but all of them must make the same number of passes.
+    """
+
+    def __init__(self, model: Any, name: str = "target") -> None:
+        super().__init__(model, name)
+        from torch.distributed.fsdp import FSDPModule
+
+        layers = {part for layer in _layers(model) for part in layer.modules()}
+        parted = [part for part in model.modules() if isinstance(part, FSDPModule)]
+        if len(layers.intersection(parted)) < self.shape.layers:
+            raise ValueError(
+                f"{name} cannot be shared by target.parallel=zero3: transformers' plan for models "
+                f"of type {model.config.model_type} does not reach its layers; keep it whole "
+                "(target.parallel=null), or train from a stage `cache`"
+            )
+        for part in parted:
+            if part not in layers:
+                part.set_reshard_after_forward(False, recurse=False)
+                part.unshard()
+        # fully_shard finds its root in the first pass; and buffers that were made in inference mode
+        # could not be filled again outside of it
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.long, device=self.device))
+
+
+def _layers(model: Any) -> Iterator[Any]:
+    """The members of a model's lists of modules."""
+    for stack in model.modules():
+        if isinstance(stack, torch.nn.ModuleList):
+            yield from stack
+
+
 def agreed(target: Target, value: V) -> V:
-    """A value that can differ between ranks, such as a time, as rank 0 has it where the target is
-    sharded: what is decided by it must be the same on all ranks."""
-    return target.agree(value) if isinstance(target, Sharded) else value
+    """A value that can differ between ranks, such as a time, as rank 0 has it where the ranks share
+    the target: what is decided by it must be the same on all ranks."""
+    return target.agree(value) if isinstance(target, Parted) else value
 
 
 def require_same(ids_BT: Tensor) -> None:
@@ -72,13 +115,20 @@ def require_same(ids_BT: Tensor) -> None:
         )
 
 
-def sharding(place: str, revision: str | None, name: str) -> dict[str, Any]:
-    """What from_pretrained needs so that each rank loads its part alone. Raises ValueError, before
-    any weight is read, where the ranks or the model do not allow it."""
+def sharding(kind: str, place: str, revision: str | None, name: str) -> dict[str, Any]:
+    """What from_pretrained needs so that each rank loads its part alone; kind: tensor or zero3.
+    Raises ValueError, before any weight is read, where the ranks or the model do not allow it."""
     from transformers import AutoConfig
     from transformers.distributed.configuration_utils import DistributedConfig
 
     _, world = join()
+    if world == 1:
+        raise ValueError(
+            f"target.parallel is {kind}, which shards {name} over several ranks, and this stage "
+            "has one; set launch=torchrun launch.ranks=2 (or more), or target.parallel=null"
+        )
+    if kind == "zero3":
+        return {"distributed_config": DistributedConfig(fsdp_size=world)}
     config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
     refuse_what_cannot_be_shared(config, world, name)
     return {"distributed_config": DistributedConfig(tp_size=world, tp_plan="auto")}
@@ -86,11 +136,6 @@ def sharding(place: str, revision: str | None, name: str) -> dict[str, Any]:
 
 def refuse_what_cannot_be_shared(config: Any, world: int, name: str) -> None:
     """Each rank gets whole heads; how a model is cut is for transformers to know."""
-    if world == 1:
-        raise ValueError(
-            f"target.parallel is tensor, which shards {name} over several ranks, and this stage "
-            "has one; set launch=torchrun launch.ranks=2 (or more), or target.parallel=null"
-        )
     if not getattr(config.get_text_config(), "base_model_tp_plan", None):
         raise ValueError(
             f"{name} cannot be sharded: transformers has no tensor-parallel plan for models of "

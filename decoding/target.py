@@ -18,7 +18,11 @@ from decoding.tree import ancestors, depths
 
 @dataclass(frozen=True)
 class Shape:
-    """What a drafter must know of its target before any weight is loaded."""
+    """What a drafter must know of its target before any weight is loaded.
+
+    A mixture of experts has in each layer `experts` gated MLPs of expert_size, of which a token is
+    read by active_experts; 0 experts: a dense model, whose MLPs are of intermediate_size.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -31,6 +35,9 @@ class Shape:
     head_dim: int = 0
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
+    experts: int = 0
+    active_experts: int = 0
+    expert_size: int = 0
 
     @classmethod
     def of(cls, config: Any) -> "Shape":
@@ -51,6 +58,7 @@ class Shape:
                 head_dim=_first(config, "head_dim") or config.hidden_size // heads,
                 rope_theta=_rope_theta(config),
                 norm_eps=_first(config, "rms_norm_eps") or 1e-6,
+                **_experts(config),
             )
         except (AttributeError, RuntimeError, TypeError):
             pass  # no such setting, or one for each layer
@@ -61,13 +69,30 @@ class Shape:
             )
         return shape
 
-    def parameters(self) -> int:
-        """Parameters of a Llama-shaped model (gated MLP, no biases), counted from the shape."""
-        head_dim = self.head_dim or self.hidden_size // self.heads
-        attention = 2 * self.hidden_size * head_dim * (self.heads + self.kv_heads)
-        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
-        return self.layers * layer + embeddings + self.hidden_size
+    def parameters(self, *, active: bool = False) -> int:
+        """Parameters of a Llama-shaped model (gated MLP, no biases), counted from the shape; of a
+        mixture of experts all of them, or those that one token is read by (`active`)."""
+        width, head_dim = self.hidden_size, self.head_dim or self.hidden_size // self.heads
+        attention = 2 * width * head_dim * (self.heads + self.kv_heads)
+        mlp = 3 * width * self.intermediate_size
+        if self.experts:  # and the matrix that chooses among them
+            read = self.active_experts if active else self.experts
+            mlp = 3 * width * self.expert_size * read + width * self.experts
+        embeddings = self.vocab_size * width * (1 if self.tied else 2)
+        return self.layers * (attention + mlp + 2 * width) + embeddings + width
+
+
+def _experts(config: Any) -> dict[str, int]:
+    """The experts of a mixture; of a dense model nothing."""
+    experts = _first(config, "num_experts", "num_local_experts")
+    if not experts:
+        return {}
+    size = _first(config, "moe_intermediate_size", "intermediate_size")
+    return {
+        "experts": experts,
+        "active_experts": config.num_experts_per_tok,
+        "expert_size": size,
+    }
 
 
 def _rope_theta(config: Any) -> float:
@@ -224,7 +249,8 @@ class Target(nn.Module):
             return self._states(ids_BM, positions_BM, mask, cache, taps)
 
         def run(given: Tensors, inner: Cache) -> Tensors:
-            out = self._states(*given, inner, taps)
+            ids, positions, allowed = given
+            out = self._states(ids, positions, allowed, inner, taps)
             return (out.hidden_BTD,) if out.taps_BTLD is None else (out.hidden_BTD, out.taps_BTLD)
 
         hidden, *more = cache.replay((ids_BM, positions_BM, mask), (*ids_BM.shape, *taps), run)

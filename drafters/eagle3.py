@@ -28,6 +28,7 @@ class Eagle3(Heads):
     """
 
     cached_layers = 1
+    reads_last = False  # but its taps
 
     def __init__(
         self,

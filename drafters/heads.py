@@ -53,7 +53,7 @@ class Heads(Trained):
     decay: what draft position n weighs in the loss is decay^n.
     """
 
-    needs_target = True
+    needs_target = reads_last = True
     free = frozenset({"draft_length", "stop_below", "sample", "tree"})
     cached_layers = 0
     deepest: int | None = None  # longest path it can draft; None: any

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from decoding.cache import Cache
+from decoding.pretrained import no_foreign_code
 from decoding.round import Draft, Seen
 from decoding.sampling import Dice, Sampling
 from decoding.target import Shape, Target, additive, document_mask, refuse_what_cannot_be_cropped
@@ -96,7 +97,9 @@ class LM(Trained):
         from transformers import AutoModelForCausalLM
 
         if self.checkpoint:
-            model = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(
+                self.checkpoint, dtype=torch.float32, trust_remote_code=False
+            )
             self.model.load_state_dict(model.state_dict())
 
     def forward(
@@ -162,7 +165,11 @@ class LM(Trained):
         from transformers import AutoModelForCausalLM
 
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", output_loading_info=True, local_files_only=True
+            folder,
+            dtype="auto",
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
         )
         saved, report = loaded
         wrong = [key for keys in report.values() for key in keys]
@@ -289,7 +296,9 @@ def _architecture(
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     if checkpoint:
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint))
+        with no_foreign_code(checkpoint):
+            known = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(known, trust_remote_code=False)
     if parameters is not None:
         width = _widest(shape.vocab_size, layers, parameters)
     width = width or shape.hidden_size

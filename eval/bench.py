@@ -87,7 +87,7 @@ class Bench:
         if not any(prompts.values()):
             raise ValueError("bench has no prompts; give /data@stages.bench.prompts.TASK a source")
         self.prompts = {task: source for task, source in prompts.items() if source is not None}
-        self.target, self.heldout_only = replace(target, graphs=graphs), heldout_only
+        self.target, self.heldout_only = replace(target.for_decoding(), graphs=graphs), heldout_only
         self.limit, self.max_prompt_tokens, self.max_new_tokens = (
             limit, max_prompt_tokens, max_new_tokens,
         )  # fmt: skip

@@ -3,40 +3,42 @@
 Shapes: B batch, T tokens.
 """
 
-import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data import pack
 from data.chat import require_same_tokenizer
-from data.documents import Documents, is_validation
-from data.generate import read
-from data.language import Gated
-from data.rows import Row, Sample
-from data.sources import Source, heldout, prompt_of
-from decoding.pretrained import Pretrained, contents_hash
-from decoding.target import Shape
-from drafters.base import Batch, Blueprint, Metrics, Trained, save
-from train.decoded import Decoded, keep_prompts, last_quarter, told
+from data.documents import Documents
+from data.sources import Source
+from decoding.pretrained import DTYPES, Pretrained, contents_hash
+from decoding.ranks import Ranks
+from decoding.sharded import Parted
+from decoding.target import Shape, Target
+from drafters.base import Batch, Blueprint, Metrics, Trained, require_intact, save
+from train.decoded import Decoded, last_quarter, told
 from train.engine import barrier, join
-from train.loop import Loop
+from train.loop import Look, Loop, Step
+from train.machine import device
 from train.objectives import Loss
+from train.packing import prepare, rows_of, take_over
+from train.placement import checksum, placement, require_unchanged
+from train.probe import longest, probe
+from train.recorded import Kept, Recorded, kept_from, require_sound
 from train.schedule import AdamW, Schedule
 from train.track import Jsonl, Tracker
-
-VALIDATION_SEQUENCES = 16
 
 
 class Distill:
     """Trains `drafter` on `data` (or on the answers of a generate stage) under `objective`.
 
-    The target is loaded only if the objective reads its law. `init` names a folder that a
-    distill stage wrote, to start from; a stage that provides `drafter` does the same.
+    The target is loaded only if the drafter or the objective reads it: whole on each rank, shared
+    by the ranks (target.parallel=zero3), or, with a stage that provides `cache`, not at all.
+    `init` names a folder that a distill stage wrote, to start from; a stage that provides `drafter`
+    does the same.
 
     With a target loaded and answers of its own to train on, each validation (after every
     `validate_every` steps; null: eight times a run) also decodes held-out prompts: the drafter that
@@ -70,12 +72,20 @@ class Distill:
 
     def check(self, needs: Collection[str]) -> None:
         """Refuses, before anything starts, what cannot work with these needs."""
-        if (self.data is None) == ("data" not in needs):
+        sources = (self.data is not None) + ("data" in needs) + ("cache" in needs)
+        if sources != 1:
+            several = "both" if "cache" not in needs else "more than a cache"
             raise ValueError(
-                "a distill stage trains on its `data` or on the answers of a stage that it needs "
-                f"as `data`; it has {'neither' if self.data is None else 'both'}"
+                "a distill stage trains on its `data`, on the answers of a stage that it needs "
+                f"as `data` or on a `cache`; it has {'neither' if not sources else several}"
             )
         given = self.drafter.arguments
+        refuse_placement(self.target.parallel, given, self.reads_target, "cache" in needs)
+        if given.get("target_lora") and self.schedule.zero_stage == 3:
+            raise ValueError(
+                "deepspeed=zero3 shards the weights of what is trained, and a drafter with "
+                "target_lora trains inside its target; set deepspeed=zero2"
+            )
         starts = "drafter" in needs or self.init or given.get("checkpoint")
         if given.get("lora") and "data" in needs and not starts:
             raise ValueError(
@@ -93,6 +103,12 @@ class Distill:
         starts = (self.init, self.drafter.arguments.get("checkpoint"))
         return ",".join(contents_hash(s) for s in starts if s and Path(s).is_dir())
 
+    @property
+    def reads_target(self) -> bool:
+        """Whether training reads states of the target."""
+        assert issubclass(self.drafter.cls, Trained)
+        return self.objective.needs_target or self.drafter.cls.needs_target
+
     def run(
         self,
         out: Path,
@@ -100,34 +116,37 @@ class Distill:
         target: Path | None = None,
         drafter: Path | None = None,
         data: Path | None = None,
+        cache: Path | None = None,
     ) -> dict[str, float]:
         """Trains and saves the drafter to artifact/; returns validation metrics and speed."""
         rank, _ = join()
         tokenizer = self.target.tokenizer(target)
-        rows, source = rows_of(self.data, data)
-        documents = Documents(tokenizer, source)
-        if rank == 0:
-            prepare(out, rows, documents, self.schedule)
+        if rank == 0 and cache:
+            take_over(cache, out)
+        elif rank == 0:
+            rows, source = rows_of(self.data, data)
+            prepare(out, rows, Documents(tokenizer, source), self.schedule)
         barrier()
-        shape = shape_of(self.target, target)
+        shape = self.target.shape_of(target)
         module = self._drafter(shape)
-        reads = self.objective.needs_target or module.needs_target
-        frozen = self.target.load(target) if reads else None
-        module.initialise(frozen, lambda: _counts(out, shape))
+        whole = self._target(module, shape, target, cache)
+        self._begin(out, module, shape, whole, target)
         self._start_from(drafter, module, tokenizer)
         if drafter or self.init or self.drafter.arguments.get("checkpoint"):
             module.adapt()  # what trains from nothing is trained whole
-        if frozen is not None:
-            frozen = module.learning(frozen)
+        before = checksum(whole) if whole is not None else ""
+        frozen = module.learning(whole) if whole is not None else None
         warn_if_large(module, shape)
 
         def step(engine: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
             return engine(batch, frozen, self.objective)
 
         tracker = Tracker(out, rank, self.tracker)
-        look = Decoded(frozen, out / "packed" / "prompts.json") if frozen else None
         loop = Loop(self.schedule, self.optim, out, tracker)
-        metrics = loop.run(module, step, look, self.validate_every)
+        print(self._probe(module, step, loop, frozen), flush=True)
+        metrics = loop.run(module, step, look_of(frozen, out), self.validate_every)
+        if whole is not None:
+            require_unchanged(whole, before)
         if rank == 0:
             if "artifact_step" in metrics:
                 gain = last_quarter(out / "metrics.jsonl", self.schedule.steps)
@@ -137,6 +156,48 @@ class Distill:
             tokenizer.save_pretrained(out / "artifact")
         barrier()
         return metrics
+
+    def _target(
+        self, module: Trained, shape: Shape, folder: Path | None, cache: Path | None
+    ) -> Target | None:
+        """What training asks for the target's states: itself, its cache, or nothing."""
+        if not self.reads_target:
+            return None
+        kind = "cache" if cache else self.target.parallel
+        ranks = Ranks.here()
+        plan, dtype = self.schedule, self.target.dtype
+        count = plan.steps * plan.batch_tokens
+        reads = Kept(shape.hidden_size, module.taps, "states", 0, "float16", module.needs_target)
+        where = placement(shape, dtype=dtype, ranks=ranks.world, positions=count, kept=reads)
+        print(*where.lines(kind, dtype), sep="\n", flush=True)
+        if cache is None:
+            return self.target.load(folder)
+        kept = kept_from(require_sound(cache, ranks))
+        if lacks := kept.lacks(module):
+            raise ValueError(
+                f"the cache {cache} was not made for this drafter, which reads {lacks}; give the "
+                "stage `cache` the same drafter"
+            )
+        borrows = module.needs_target or kept.keep == "states"
+        borrowed = self.target.borrow(folder) if borrows else None
+        found = Recorded(cache, shape=shape, dtype=DTYPES[dtype], borrowed=borrowed)
+        found.require(self.target, borrowed, plan.sequence_length)
+        return found
+
+    def _probe(self, module: Trained, step: Step, loop: Loop, frozen: Target | None) -> str:
+        """Measures one step at its longest, before anything depends on it; what it found."""
+        rows = list(range(min(self.schedule.micro(loop.world), len(loop.train))))
+        batch = loop.train.batch(rows)
+        if not isinstance(frozen, Recorded):  # which knows the supervised tokens alone
+            batch = longest(batch)
+        return probe(module, step, batch.to(device()), self.schedule, loop.world, frozen)
+
+    def _begin(
+        self, out: Path, module: Trained, shape: Shape, whole: Target | None, folder: Path | None
+    ) -> None:
+        """Sets the weights that training starts from, which may be copies of whole matrices."""
+        begin = self.target.borrow(folder) if isinstance(whole, Parted) else whole
+        module.initialise(begin, lambda: _counts(out, shape))
 
     def _drafter(self, shape: Shape) -> Trained:
         torch.manual_seed(self.schedule.seed)
@@ -149,84 +210,44 @@ class Distill:
         if start:
             require_same_tokenizer(tokenizer, str(start))
         if parent or self.init:
-            module.read(Path(parent or str(self.init)))
+            start = Path(parent or str(self.init))
+            require_intact(start)
+            module.read(start)
 
 
 def _counts(out: Path, shape: Shape) -> Tensor:
     return pack.Packed(out / "packed" / "train").counts(shape.vocab_size)
 
 
-def rows_of(source: Source | None, generated: Path | None) -> tuple[Iterable[Row | Sample], str]:
-    """The rows to train on, of a language-checked source or of a generate stage, and their name."""
-    if generated is not None:
-        return read(generated), "the target's answers"
-    assert source is not None, "check() refuses a stage with neither"
-    return _gated(source), source.name
-
-
-def _gated(source: Source) -> Iterator[Row]:
-    rows = Gated(source, of="all")
-    try:
-        for row in rows:
-            if "messages" not in row or not heldout(prompt_of(row)):
-                yield row
-    finally:  # also when the reader has enough before the source ends
-        print(rows.summary(), flush=True)
-
-
-def prepare(
-    out: Path, rows: Iterable[Row | Sample], documents: Documents, schedule: Schedule
+def refuse_placement(
+    parallel: str | None, drafter: dict[str, Any], reads: bool, cached: bool
 ) -> None:
-    """Packs training and validation data into out/packed, once, and prints what it found."""
-    folder = out / "packed"
-    if (folder / "train" / "packed.json").is_file():
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    part = out / "packed.part"
-    shutil.rmtree(part, ignore_errors=True)
-    most = schedule.tokens // schedule.sequence_length
-    bar = tqdm(rows, unit="row", desc="tokenise and pack")
-    kept: list[Row | Sample] = []
-    train = pack.write(
-        part / "train", documents(_aside(bar, kept), False), schedule.sequence_length, most
-    )
-    bar.close()
-    documents.complain()  # also where the source was not read to its end
-    held = Documents(documents.tokenizer, documents.name)
-    try:
-        pack.write(
-            part / "validation", held(kept, True), schedule.sequence_length, VALIDATION_SEQUENCES
+    """Raises ValueError for a place of the target that this training cannot use."""
+    if cached and not reads:
+        raise ValueError(
+            "this training reads nothing of the target (an lm with objective ce), so a cache of "
+            "its states is of no use: needs.cache=null, and data of its own"
         )
-    except ValueError as why:  # too little data for a validation set; training goes on without
-        print(f"no validation: {why}", flush=True)
-        shutil.rmtree(part / "validation", ignore_errors=True)
-    keep_prompts(part / "prompts.json", kept, schedule.sequence_length)
-    part.rename(folder)
-    positions = len(train) * train.length
-    print(
-        f"{documents.name}: {documents.rows:,} rows read, {len(train):,} sequences of "
-        f"{train.length} ({train.tokens / positions:.0%} filled, "
-        f"{documents.supervised / max(1, documents.tokens):.0%} supervised"
-        f"{f', {train.too_long:,} dropped as too long' if train.too_long else ''}); "
-        f"{schedule.steps * schedule.batch_tokens / positions:.2f} epochs, {schedule.steps} steps",
-        flush=True,
-    )
+    if drafter.get("target_lora") and (cached or parallel):
+        raise ValueError(
+            "a drafter with target_lora changes its target, which must be whole for that: "
+            "target.parallel=null and needs.cache=null"
+        )
+    if reads and parallel == "tensor" and not cached:
+        raise ValueError(
+            "target.parallel=tensor is for decoding: its ranks must all read the same tokens, and "
+            "in training each has rows of its own; set target.parallel=zero3, or train from a "
+            "stage `cache`"
+        )
 
 
-def _aside(rows: Iterable[Row | Sample], kept: list[Row | Sample]) -> Iterator[Row | Sample]:
-    """Passes rows on, remembering those that validation will want."""
-    for row in rows:
-        if len(kept) < 2000 and is_validation(row):
-            kept.append(row)
-        yield row
-
-
-def shape_of(spec: Pretrained, folder: Path | None) -> Shape:
-    """The target's shape from its configuration alone."""
-    from transformers import AutoConfig
-
-    revision = None if folder else spec.revision
-    return Shape.of(AutoConfig.from_pretrained(str(folder or spec.path), revision=revision))
+def look_of(frozen: Target | None, out: Path) -> Look | None:
+    """Decode-validation where there is a whole target to decode with; says where there is none."""
+    prompts = out / "packed" / "prompts.json"
+    if isinstance(frozen, Recorded):
+        print("no decode-validation: a cache cannot decode, so bench is the first to", flush=True)
+        return None
+    return Decoded(frozen, prompts) if frozen is not None else None
 
 
 def warn_if_large(module: nn.Module, shape: Shape) -> None:

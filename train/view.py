@@ -32,6 +32,9 @@ def view(config: dict[str, Any], stages: list[Planned]) -> None:
 
 
 def _documents(made: Distill | BaseTarget, stage: Planned, tokenizer: Any) -> None:
+    if "cache" in stage.inputs:
+        print(f"trains on the sequences of stage {stage.needs['cache']}")
+        return
     generated: Path | None = stage.inputs.get("data")
     if generated is not None and not (generated / "data.json").is_file():
         print(f"trains on the answers of stage {stage.needs['data']}, which has not run yet")

@@ -202,12 +202,13 @@ def test_ranks_take_what_the_first_decides(found):
 
 
 def test_what_cannot_be_sharded_is_refused_before_loading(place: Path, monkeypatch):
-    with pytest.raises(ValueError, match=r"target\.parallel is 'zero3'; it must be tensor"):
-        Pretrained(path=str(place / "Llama"), parallel="zero3")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"target\.parallel is 'pipeline'; it must be null"):
+        Pretrained(path=str(place / "Llama"), parallel="pipeline")  # type: ignore[arg-type]
     monkeypatch.setattr("decoding.pretrained._model", lambda *_, **__: pytest.fail("loaded"))
-    alone = Pretrained(path=str(place / "Llama"), parallel="tensor")
-    with pytest.raises(ValueError, match=r"this stage has one; set launch=torchrun"):
-        alone.load()
+    for kind in ("tensor", "zero3"):
+        alone = Pretrained(path=str(place / "Llama"), parallel=kind)
+        with pytest.raises(ValueError, match=rf"{kind}, which .*this stage has one; set launch"):
+            alone.load()
 
 
 def test_ranks_that_cannot_share_the_heads_are_refused():

@@ -5,7 +5,6 @@ The program's words: `rows FOLDER` measures a share, `fail FOLDER` has rank 1 fa
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -200,29 +199,6 @@ def test_a_lost_rank_is_said_to_be_lost(monkeypatch):
     monkeypatch.setattr(group, "_all", broken)
     with pytest.raises(OSError, match="another rank of this job has ended"):
         Ranks(rank=0, world=2).barrier()
-
-
-class Stopped:
-    """A launcher that is told to stop while it is waited for."""
-
-    told = False
-
-    def wait(self) -> int:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return 1
-
-    def terminate(self) -> None:
-        self.told = True
-
-
-def test_a_launcher_that_was_stopped_is_preempted(tmp_path: Path, monkeypatch):
-    for left in ("failed.json", "failed.claim"):  # by an earlier start
-        (tmp_path / left).write_text('{"code": 3}')
-    process = Stopped()
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: process)
-    assert Launch(how="torchrun", ranks=2).run(tmp_path, parallel=True) == 143
-    assert process.told
-    assert list(tmp_path.iterdir()) == [], "an old note would speak for this start"
 
 
 def test_ranks_share_the_cores(monkeypatch):
