@@ -1,8 +1,10 @@
 """The processes of one job: who is here, who does what, and what all of them agree on.
 
-A launcher (torchrun, deepspeed) says who is who; without one there is a single rank and no group.
+A launcher (torchrun, deepspeed, srun) says who is who; without one there is a single rank and no
+group.
 """
 
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 PATIENCE = timedelta(days=2)  # the other ranks wait while one of them works alone
+START = timedelta(minutes=5)  # until the first rank answers
 
 
 def ranks() -> tuple[int, int]:
@@ -24,6 +27,37 @@ def ranks() -> tuple[int, int]:
 def backend() -> str:
     """nccl between GPUs, else gloo."""
     return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def address() -> tuple[str, int]:
+    """Where the job's store listens: host and port."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+@functools.cache
+def store() -> torch.distributed.Store:
+    """What all ranks of the job write to and read from, over TCP: torchrun's agent hosts it, else
+    rank 0. Raises OSError where it does not answer within START."""
+    rank, _ = ranks()
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host, port = address()
+    try:
+        made = torch.distributed.TCPStore(
+            host,
+            port,
+            is_master=rank == 0 and not hosted,
+            timeout=START,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except RuntimeError as error:
+        raise OSError(
+            f"rank {rank} does not reach the first rank of its job at {host}:{port}: is it "
+            f"running, and is the port open? ({' '.join(str(error).split())[:100]})"
+        ) from error
+    made.set_timeout(PATIENCE)
+    # stages that one launcher runs after another meet in one store, each under a name of its own
+    return torch.distributed.PrefixStore(os.environ.get("DRAFTSMITH_JOB", "job"), made)
 
 
 def join() -> tuple[int, int]:
@@ -41,7 +75,9 @@ def join() -> tuple[int, int]:
             )
         torch.cuda.set_device(local)
     if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(backend(), timeout=PATIENCE)
+        torch.distributed.init_process_group(
+            backend(), store=store(), rank=rank, world_size=world, timeout=PATIENCE
+        )
     return rank, world
 
 

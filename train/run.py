@@ -8,19 +8,36 @@ from pathlib import Path
 from typing import Any
 
 from drafters.base import write_json
+from train import versions
 from train.compose import bind, build
+from train.crew import Crew
 from train.launch import Launch
 from train.plan import Planned, plan
+from train.preflight import preflight
+from train.seal import reopen
 
 BAD_INPUT, ENVIRONMENT = 2, 4
 TRAINING = ("train.distill.Distill", "train.base.BaseTarget")
-EVALUATION = ("eval.bench.Bench", "data.generate.Generate")  # also with a sharded target
+DECODING = ("eval.bench.Bench", "data.generate.Generate")  # also with a sharded target
 ALONE = ("eval.tune_tree.TuneTree", "eval.skip_layers.SkipLayers")  # which load one, on one rank
-SEVERAL_RANKS = (*TRAINING, *EVALUATION)
+SEVERAL_RANKS = (*TRAINING, *DECODING, "train.cache.CacheStates")
 
 
 def run_recipe(name: str, config: dict[str, Any]) -> tuple[int, float | None]:
-    """Does what the switches ask; returns the exit code and the headline speedup, if measured."""
+    """Does what the switches ask; returns the exit code and the headline speedup, if measured.
+
+    Where a launcher has started this command several times, that of rank 0 does it, and the others
+    run its stages with it."""
+    crew = Crew.here()
+    if crew and not crew.leads:
+        return crew.follow(config), None
+    code, speedup = _run_recipe(name, config, crew)
+    if crew:
+        crew.end(code)
+    return code, speedup
+
+
+def _run_recipe(name: str, config: dict[str, Any], crew: Crew | None) -> tuple[int, float | None]:
     if config["plan"]:  # priced from what is at hand: no waiting for a Hub that may not answer
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
@@ -29,21 +46,26 @@ def run_recipe(name: str, config: dict[str, Any]) -> tuple[int, float | None]:
         launch: Launch = build(config["launch"])
         stages = plan(config, root)
         for stage in stages:
-            _refuse_sharding(stage, launch.ranks)
+            _refuse_sharding(stage, launch.world)
             if stage.config["_target_"] in TRAINING:
-                build(stage.config).schedule.micro(launch.ranks)  # refuses what cannot be shared
+                build(stage.config).schedule.micro(launch.world)  # refuses what cannot be shared
         if config["plan"]:
-            from train.estimate import show
+            from train.show import show
 
-            show(name, config, stages)
+            show(name, config, stages, root)
             return 0, None
         if config["view"]:
             from train.view import view
 
             view(config, stages)
             return 0, None
+        launch.check(sys.argv[1:])
         _writable(root)
-        return _run(name, launch, stages, root)
+        checked = preflight(config, stages, launch, root)
+        print(*versions.shown(), *checked, sep="\n", flush=True)
+        if crew:
+            crew.begin(config)
+        return _run(name, launch, stages, root, crew)
     except ValueError as error:
         return _say(BAD_INPUT, error), None
     except OSError as error:
@@ -53,27 +75,27 @@ def run_recipe(name: str, config: dict[str, Any]) -> tuple[int, float | None]:
 
 
 def _refuse_sharding(stage: Planned, ranks: int) -> None:
-    """Raises ValueError for a stage that cannot use a target sharded over ranks, which must all
-    read the same tokens: training gives each its own rows."""
+    """Raises ValueError for a stage that cannot use a target sharded in this way."""
     kind, parallel = stage.config["_target_"], (stage.config.get("target") or {}).get("parallel")
-    reads = kind in ALONE
-    if kind == "train.distill.Distill":
-        made = build(stage.config)
-        reads = made.objective.needs_target or made.drafter.cls.needs_target
-    if parallel and reads:
+    if not parallel:
+        return
+    if kind in ALONE:
         raise ValueError(
-            f"stages.{stage.name} cannot use a sharded target (target.parallel={parallel}), bench "
-            f"and generate alone can; leave it out (stages.{stage.name}=null), or set "
-            "target.parallel=null"
+            f"stages.{stage.name} cannot use a sharded target (target.parallel={parallel}): leave "
+            f"it out (stages.{stage.name}=null), or set target.parallel=null"
         )
-    if parallel and kind in EVALUATION and ranks == 1:
+    trains = kind == "train.distill.Distill" and "cache" not in stage.needs
+    if ranks == 1 and (kind in DECODING or (trains and build(stage.config).reads_target)):
         raise ValueError(
             f"target.parallel is {parallel}, which shards the target over several ranks, and there "
             "is one; set launch=torchrun launch.ranks=2 (or more), or target.parallel=null"
         )
 
 
-def _run(name: str, launch: Launch, stages: list[Planned], root: Path) -> tuple[int, float | None]:
+def _run(
+    name: str, launch: Launch, stages: list[Planned], root: Path, crew: Crew | None
+) -> tuple[int, float | None]:
+    reopen(stages)
     write_json(root / f"{name}.json", {s.name: str(s.folder) for s in stages})
     for number, stage in enumerate(stages, 1):
         head = f"[{number}/{len(stages)}] {stage.name}"
@@ -82,7 +104,9 @@ def _run(name: str, launch: Launch, stages: list[Planned], root: Path) -> tuple[
             continue
         print(f"{head}: {_shown(stage.folder)}", flush=True)
         _write(stage)
-        code = launch.run(stage.folder, stage.config["_target_"] in SEVERAL_RANKS)
+        parallel = stage.config["_target_"] in SEVERAL_RANKS
+        job = crew.announce(stage.folder, launch.hang_seconds) if crew and parallel else None
+        code = launch.run(stage.folder, parallel, job)
         if code or not stage.done:
             print(
                 f"{head} ended with exit code {code}; what it has made is kept, and the same "
@@ -114,7 +138,7 @@ def _write(stage: Planned) -> None:
 
 def _summary(name: str, stages: list[Planned]) -> float | None:
     """What was made, where it is, how fast, and the next command to type."""
-    results = {s.name: json.loads((s.folder / "result.json").read_text()) for s in stages}
+    results = {s.name: json.loads((s.folder / "result.json").read_text("utf-8")) for s in stages}
     seconds = sum(r.get("seconds", 0) for r in results.values())
     print(f"\n{name}: {len(stages)} stages, {seconds / 60:.1f} minutes of work in all")
     speedup = None

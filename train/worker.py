@@ -1,84 +1,158 @@
-"""One process, one stage: `python -m train.worker FOLDER` (a launcher starts it, once a rank)."""
+"""One process, one stage: `python -m train.worker FOLDER` (a launcher starts it, once a rank).
 
-import fcntl
+With --slurm it reads its place among the ranks from SLURM's variables: `srun python -m train.worker
+--slurm FOLDER`. --local_rank, which some launchers add, is ignored.
+"""
+
+import argparse
+import hashlib
 import json
 import os
+import signal
+import socket
 import sys
 import time
 import traceback
-from contextlib import redirect_stdout, suppress
-from importlib.metadata import version
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from decoding.ranks import ranks
+from data.secrets import guard
+from decoding.ranks import START, ranks, store
 from drafters.base import write_json
 from eval.controls import Failed
-from train.loop import Preempted
+from train import slurm
+from train.compose import ROOMS, ROOT
+from train.guard import Preempted
+from train.lock import Lock
+from train.seal import seal
+from train.versions import installed, untested
+from train.watch import FAILED, HANG_SECONDS, Watch
 
 BUG, BAD_INPUT, CHECK_FAILED, ENVIRONMENT, STOPPED, PREEMPTED = 1, 2, 3, 4, 130, 143
-FAILED, CLAIM = "failed.json", "failed.claim"
-PACKAGES = ("torch", "transformers", "datasets", "deepspeed", "safetensors", "tokenizers")
+ECHO = 1.0  # seconds; a launcher passes on a signal that its whole group was sent
+ASK = 20.0  # seconds; torchrun and deepspeed kill what has not ended after thirty
+HEARD: list[float] = []  # when this process was signalled first
+LOST = ("gloo", "nccl", "connection", "peer", "socket", "store", "another rank")  # what torch says
 
 
 def main(arguments: list[str]) -> int:
     """Runs the stage described in FOLDER/stage.json; returns the exit code."""
-    (place,) = [a for a in arguments if not a.startswith("--local")]
-    folder = Path(place)
-    lock = _lock(folder)
-    if lock is None:
-        return _tell(folder, BAD_INPUT, f"another process is at work in {folder}; let it finish")
+    given = _parse(arguments)
+    if given.slurm:
+        os.environ.update(slurm.place())
+    if given.job:
+        os.environ["DRAFTSMITH_JOB"] = given.job
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DISABLE_TQDM_FOR_WEIGHTS", "1")
-    code = _guarded(folder)
-    _leave(code)
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, _stop)
+    watch = Watch(given.folder, given.job, given.hang_seconds)
+    code = _guarded(given.folder, watch)
+    _leave(code, watch)
     return code
 
 
-def _lock(folder: Path) -> TextIO | None:
-    """Held as long as this process lives; None when another has it. Rank 0 locks for its job."""
-    stream = (folder / ".lock").open("w")
-    if ranks()[0] == 0:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return None
-    return stream
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="train.worker", allow_abbrev=False)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--job", default="")
+    parser.add_argument("--hang-seconds", type=float, default=HANG_SECONDS)
+    parser.add_argument("--slurm", action="store_true")
+    parser.add_argument("--local_rank", "--local-rank", type=int)
+    return parser.parse_args(arguments)
 
 
-def _guarded(folder: Path) -> int:
+class Stopped(KeyboardInterrupt):
+    """A signal where no loop listens for itself; no library takes it for a failure to retry."""
+
+
+def _stop(number: int, _: object) -> None:
+    """The first signal unwinds, a second ends at once; an echo of the first is neither."""
+    now = time.monotonic()
+    first, HEARD[:] = not HEARD, HEARD or [now]
+    if first:
+        raise Stopped(number)
+    if now - HEARD[0] > ECHO:
+        os._exit(128 + number)
+
+
+def _guarded(folder: Path, watch: Watch) -> int:
     """Runs; a sentence for what the user can mend, a traceback for what we must."""
     try:
-        if ranks()[1] == 1:  # several must not undo what the quickest has said
-            for left in (FAILED, CLAIM):
-                (folder / left).unlink(missing_ok=True)
-        if ranks()[0] == 0:
-            _run(folder)
-        else:  # what it would print, rank 0 prints
-            with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        if watch.world > 1:
+            store()  # which rank 0 may have to open, before the others come
+        watch.begin()
+        lock = _locked(folder)
+        try:
+            if watch.rank == 0:
                 _run(folder)
+            else:  # what it would print, rank 0 prints
+                with (
+                    Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+                    redirect_stdout(nowhere),
+                ):
+                    _run(folder)
+        finally:
+            if lock:
+                lock.free()
         return 0
-    except ValueError as error:
-        return _say(folder, BAD_INPUT, str(error))
-    except (Failed, ArithmeticError) as error:
-        return _say(folder, CHECK_FAILED, str(error))
-    except Preempted as error:
-        return _say(folder, PREEMPTED, str(error))
-    except (MemoryError, torch.OutOfMemoryError):
-        said = "out of memory: lower micro_batch, batch_size or max_new_tokens"
-        return _say(folder, ENVIRONMENT, said)
-    except (OSError, SafetensorError) as error:
-        return _say(folder, ENVIRONMENT, str(error))
-    except KeyboardInterrupt:
-        return _say(folder, STOPPED, "stopped; the same command goes on where it was")
-    except Exception as error:
-        if _first_to_fail(folder):
-            traceback.print_exc()
-            write_json(folder / FAILED, {"code": BUG, "error": f"{type(error).__name__}: {error}"})
-        return BUG
+    except BaseException as error:
+        for kind in (signal.SIGTERM, signal.SIGINT):  # the launcher's, after the first has failed
+            signal.signal(kind, signal.SIG_IGN)
+        return _failed(error, watch)
+
+
+def _failed(error: BaseException, watch: Watch) -> int:
+    """The exit code for an error, told unless another rank's fault is behind it."""
+    blamed = watch.blame(_time_to_ask(error))
+    if blamed:
+        return int(blamed["code"])
+    code, sentence = _sentence(error)
+    trace = "".join(traceback.format_exception(error)) if code == BUG else ""
+    watch.tell(code, sentence, trace)
+    return code
+
+
+def _time_to_ask(error: BaseException) -> float:
+    """Seconds to wait for another rank's cause: a lost connection has one."""
+    lost = isinstance(error, (OSError, RuntimeError)) and any(w in str(error).lower() for w in LOST)
+    return ASK if lost else 0.5
+
+
+def _sentence(error: BaseException) -> tuple[int, str]:
+    said = str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        own = said if type(error) is MemoryError else ""
+        return ENVIRONMENT, own or "out of memory: lower micro_batch, batch_size or max_new_tokens"
+    kinds: dict[int, tuple[type[BaseException], ...]] = {
+        BAD_INPUT: (ValueError,),
+        CHECK_FAILED: (Failed, ArithmeticError),
+        PREEMPTED: (Preempted,),
+        ENVIRONMENT: (OSError, SafetensorError),
+    }
+    for code, types in kinds.items():
+        if isinstance(error, types):
+            return code, said
+    if isinstance(error, KeyboardInterrupt):
+        told = isinstance(error, Stopped) and error.args == (signal.SIGTERM,)
+        return PREEMPTED if told else STOPPED, "stopped; the same command goes on where it was"
+    return BUG, f"{type(error).__name__}: {error}"
+
+
+def _locked(folder: Path) -> Lock | None:
+    """Rank 0 locks the folder for its job, and clears what an earlier failure left there."""
+    if ranks()[0]:
+        return None
+    lock = Lock(folder)
+    said = lock.take()
+    if said:
+        print(said, flush=True)
+    (folder / FAILED).unlink(missing_ok=True)
+    return lock
 
 
 def _run(folder: Path) -> None:
@@ -90,7 +164,7 @@ def _run(folder: Path) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     quiet()
-    note = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+    note = shared_note(folder)
     bind(note["config"], f"stages.{note['name']}")
     stage = build(note["config"])
     rank, world = ranks()
@@ -105,7 +179,50 @@ def _run(folder: Path) -> None:
             spent = _spend(folder, time.time() - begin)
     if rank == 0:
         write_json(folder / "result.json", {**metrics, "seconds": spent})
-        (folder / "DONE").write_text("", encoding="utf-8")
+        seal(folder)
+
+
+def shared_note(folder: Path) -> dict[str, Any]:
+    """The stage's note, which rank 0 reads and gives to the others, once all have come and run the
+    same code and versions. Raises ValueError naming the rank and what differs."""
+    rank, world = ranks()
+    if rank:
+        store().set(f"build/{rank}", json.dumps(build_of_this_rank()))
+        return json.loads(_await("stage", "rank 0 has not said what to do"))
+    said = (folder / "stage.json").read_text(encoding="utf-8")
+    mine = build_of_this_rank() if world > 1 else {}
+    for other in range(1, world):
+        theirs = json.loads(_await(f"build/{other}", f"rank {other} of {world} has not come"))
+        mine["host"] = theirs["host"]
+        apart = [f"{k} {v}, not {mine[k]}" for k, v in theirs.items() if v != mine[k]]
+        if apart:
+            raise ValueError(
+                f"rank {other} on {theirs['host']} does not run what rank 0 runs: "
+                f"{'; '.join(apart)}. Install the same versions and the same draftsmith there"
+            )
+    if world > 1:
+        store().set("stage", said)
+    return json.loads(said)
+
+
+def _await(key: str, missing: str) -> bytes:
+    """A key of the job's store, which may come later. Unlike the store's own wait, it hears
+    signals. Raises OSError where it does not come."""
+    until = time.monotonic() + START.total_seconds()
+    while not store().check([key]):
+        if time.monotonic() > until:
+            minutes = START.total_seconds() / 60
+            raise OSError(f"{missing} within {minutes:.0f} minutes: look at its machine and log")
+        time.sleep(0.05)
+    return store().get(key)
+
+
+def build_of_this_rank() -> dict[str, str]:
+    """What ranks must have in common: the code of this repository and the versions."""
+    code = hashlib.sha256()
+    for file in sorted(f for room in ROOMS for f in (ROOT / room).glob("*.py")):
+        code.update(file.read_bytes())
+    return {"host": socket.gethostname(), "draftsmith": code.hexdigest()[:12], **installed()}
 
 
 def _spend(folder: Path, seconds: float) -> float:
@@ -118,13 +235,13 @@ def _spend(folder: Path, seconds: float) -> float:
 
 def environment(world: int = 1) -> dict[str, Any]:
     """Versions and hardware, for provenance."""
-    import platform
-
     from train.plan import processor
 
+    packages = installed()
     return {
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "python": packages.pop("python"),
+        "packages": packages,
+        "untested": untested(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -132,39 +249,19 @@ def environment(world: int = 1) -> dict[str, Any]:
     }
 
 
-def _say(folder: Path, code: int, sentence: str) -> int:
-    """Tells the sentence of the first rank to fail."""
-    if _first_to_fail(folder):
-        _tell(folder, code, sentence)
-    return code
-
-
-def _first_to_fail(folder: Path) -> bool:
-    """Whether no other rank has failed before: one that has, is why this one ends."""
-    with suppress(FileExistsError):
-        (folder / CLAIM).touch(exist_ok=False)
-        return True
-    return False
-
-
-def _tell(folder: Path, code: int, sentence: str) -> int:
-    """Prints, and leaves the code for the command: a launcher reports one of its own."""
-    write_json(folder / FAILED, {"code": code, "error": sentence})
-    who = f"rank {ranks()[0]}: " if ranks()[0] else ""
-    print(f"error: {who}{' '.join(sentence.split())}", file=sys.stderr, flush=True)
-    return code
-
-
-def _leave(code: int) -> None:
+def _leave(code: int, watch: Watch) -> None:
     """Ends this rank: after a barrier if all went well, and without the interpreter's own exit,
     in which gloo's threads abort about one two-process job in ten."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        if code == 0 and torch.distributed.get_world_size() > 1:
-            torch.distributed.barrier()
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if joined and code == 0 and torch.distributed.get_world_size() > 1:
+        torch.distributed.barrier()
+    watch.end()
+    if joined or watch.world > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
 if __name__ == "__main__":
+    guard()
     sys.exit(main(sys.argv[1:]))
