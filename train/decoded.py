@@ -20,10 +20,13 @@ import torch
 from torch import Tensor
 
 from decoding.loop import Answer, decode
+from decoding.pulse import item
 from decoding.sampling import Sampling
+from decoding.sharded import Parted
 from decoding.target import Target
 from drafters.base import Batch, Metrics, Prediction, Trained, write_json
 from train.engine import ranks, sum_over_ranks
+from train.guard import STOP
 
 PROMPTS = 64
 NEW_TOKENS = 32
@@ -71,21 +74,27 @@ class Decoded:
         if not prompts:
             return {}, None
         rank, world = ranks()
-        mine = prompts[rank::world]
+        together = isinstance(self.target, Parted)  # then all ranks make the same passes
+        mine = prompts if together else prompts[rank::world]
         chain = min(CHAIN, getattr(drafter, "deepest", None) or CHAIN)
         sums = dict.fromkeys(SUMS, 0.0)
         with plain_chains(drafter, chain):
-            for at in range(0, len(mine), TOGETHER):
-                here = mine[at : at + TOGETHER]
-                done = decode(
-                    self.target, drafter, here, sampling=Sampling(), max_new_tokens=NEW_TOKENS
-                )
-                judged = self._judged(drafter, here, done.answers)
+            most = len(prompts[::world]) if not together else len(prompts)
+            for at in range(0, most, TOGETHER):
+                STOP.check()  # as often on a rank that has fewer
+                if not (here := mine[at : at + TOGETHER]):
+                    continue
+                with item("decoding for validation"):
+                    done = decode(
+                        self.target, drafter, here, sampling=Sampling(), max_new_tokens=NEW_TOKENS
+                    )
+                    judged = self._judged(drafter, here, done.answers)
                 for answer, right in zip(done.answers, judged, strict=True):
                     rounds = rounds_of(len(answer.ids), answer.accepted, right, chain)
                     found = counted(rounds)
                     sums = {key: sums[key] + found[key] for key in SUMS}
-        sums = sum_over_ranks(sums)  # every rank must come to the same decision
+        if not together:
+            sums = sum_over_ranks(sums)  # every rank must come to the same decision
         taus = {
             "validation_tau": sums["tokens"] / sums["rounds"],
             "validation_expected_tau": sums["expected"] / sums["rounds"],

@@ -3,11 +3,7 @@
 Shapes: B batch, T tokens.
 """
 
-import math
 import resource
-import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,21 +14,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.pack import Packed
+from decoding.pulse import item
+from decoding.ranks import Ranks
 from drafters.base import Batch, Metrics, write_json
 from eval.controls import Failed
-from train import checkpoint
-from train.engine import Engine, barrier, join, sum_over_ranks
+from train import resume
+from train.engine import Engine, join, sum_over_ranks
+from train.guard import STOP, Guard, Preempted, Told, naming_memory, poisoned, require_labels
+from train.resume import Best, Position
 from train.schedule import AdamW, Schedule
 from train.track import Tracker
 
-CHECKPOINTS = 5  # per run
+CHECKPOINTS = 5  # per run, and one
+AT_LEAST = 900.0  # seconds of steps after the last
 REPORTS = 8  # validations per run
 SHOWN = ("loss", "alpha", "top1")
-
-
-class Preempted(Exception):
-    """The run was told to stop, and has saved where it was."""
-
 
 Step = Callable[[Any, Batch], tuple[Tensor, Metrics]]
 Look = Callable[[Any], tuple[dict[str, float], str | None]]
@@ -46,76 +42,77 @@ class Loop:
     def __init__(self, schedule: Schedule, optim: AdamW, out: Path, tracker: Tracker) -> None:
         self.schedule, self.optim, self.out, self.tracker = schedule, optim, out, tracker
         self.rank, self.world = join()
+        self.ranks = Ranks(self.rank, self.world)
         self.train = Packed(out / "packed" / "train")
         held = out / "packed" / "validation"
-        self.validation = Packed(held) if held.is_dir() else None
-        self.validating = 0.0  # seconds
-        self.told_to_stop = False
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._tell)
-            signal.signal(signal.SIGINT, self._tell)
-
-    def _tell(self, *_: Any) -> None:
-        """First signal: save at the end of the step. A second one ends at once."""
-        if self.told_to_stop:
-            raise KeyboardInterrupt
-        self.told_to_stop = True
+        self.blamed = out / "fault.json"  # why an earlier start ended; asked again before going on
+        self.validation = Packed(held) if self.ranks.decide(held.is_dir) else None
+        self.training = self.validating = 0.0  # seconds
+        self.at, self.saved, self.saved_at = Position(), 0, 0.0  # step, and second of training
 
     def run(
         self, module: nn.Module, step_fn: Step, look: Look | None = None, every: int | None = None
     ) -> dict[str, float]:
         """Trains `module`, and leaves it as it validated best (by `look`; else as it was last);
         step_fn(engine, batch) gives the summed loss and metrics. Validates after each `every`
-        steps (None: eight times a run) and after the last. Raises Failed, after saving, when
-        `look` finds that training must end."""
-        plan = self.schedule
-        micro = plan.micro(self.world)
-        engine = self._engine(module, micro)
-        first = self._resume(engine)
-        best = Best(self.out / "best", self.rank)
+        steps (None: eight times a run) and after the last.
+
+        Raises Preempted, after saving, when any rank was told to stop; Failed, after saving, when
+        `look` finds that training must end, and without when a guard does (train/guard.py).
+        """
+        every = every or max(1, self.schedule.steps // REPORTS)
+        resume.reserve(self.out / "checkpoints", module, self.ranks)
+        with STOP.listening():
+            engine = self._engine(module)
+            self.at = self._resume(engine)
+            first, best = self.at.step, Best(self.out / "best", self.ranks)
+            try:
+                found = self._train(engine, step_fn, look, best, every)
+            except Told:
+                raise self._preempted(engine) from None
+            finally:
+                self.tracker.close()
+        engine.finish()
+        done = (self.schedule.steps - first) * self.schedule.batch_tokens
+        speed = {"tokens_per_second": done / self.training} if done else {}
+        spent = max(1e-9, self.validating + self.training)
+        speed |= {"validation_share": self.validating / spent, "peak_memory_mib": peak_memory()}
+        counts = {"steps": self.at.step, "skipped_steps": self.at.step - self.at.applied}
+        return counts | speed | found | best.give(engine)
+
+    def _train(
+        self, engine: Engine, step_fn: Step, look: Look | None, best: Best, every: int
+    ) -> dict[str, float]:
+        """Steps to the end; what the last validation found."""
+        plan, at = self.schedule, self.at
         save = max(1, plan.steps // CHECKPOINTS)
-        every = every or max(1, plan.steps // REPORTS)
-        seconds = 0.0  # in steps alone
-        found, fault = dict[str, float](), None
-        blamed = self.out / "fault.json"  # why an earlier start ended; asked again before going on
-        if first == plan.steps or blamed.is_file():
-            found, fault = self._validate(engine, step_fn, look, best, first)
-            blamed.unlink(missing_ok=True)
-        with self._bar(first) as bar:
-            for step in range(first, plan.steps if not fault else first):
+        found, owed = dict[str, float](), False
+        due = at.step % every == 0 and at.validated < at.step
+        if at.step == plan.steps or due or self.ranks.decide(self.blamed.is_file):
+            found = self._validate(engine, step_fn, look, best)
+            if self.rank == 0:
+                self.blamed.unlink(missing_ok=True)
+        self.guard = Guard(engine, self.ranks, plan.steps - at.step)
+        with self._bar() as bar:
+            while at.step < plan.steps:
                 begin = time.perf_counter()
-                measured = self._step(engine, step_fn, step, micro)
-                seconds += time.perf_counter() - begin
+                measured = self._step(engine, step_fn, at.step, plan.micro(self.world))
+                self.training += time.perf_counter() - begin
                 bar.update(plan.batch_tokens)
                 bar.set_postfix({k: f"{v:.3f}" for k, v in measured.items() if k in SHOWN})
-                self.tracker.log(step + 1, **{k: v for k, v in measured.items() if k != "stop"})
-                last = step + 1 == plan.steps
-                if last or (step + 1) % every == 0:
-                    found, fault = self._validate(engine, step_fn, look, best, step + 1)
-                stop = measured.pop("stop") > 0
-                if last or stop or fault or (step + 1) % save == 0:
-                    self._save(engine, step + 1)
-                if fault:
-                    break
-                if stop and not last:
-                    raise Preempted(
-                        f"stopped and saved after step {step + 1} of {plan.steps}; the same "
-                        "command goes on from there"
-                    )
-        if fault:
-            if self.rank == 0:
-                write_json(blamed, {"fault": fault})
-            raise Failed(fault)
-        engine.finish()
-        self.tracker.close()
-        done = (plan.steps - first) * plan.batch_tokens
-        speed = {"tokens_per_second": done / seconds} if done else {}
-        speed["validation_share"] = self.validating / max(1e-9, self.validating + seconds)
-        speed["peak_memory_mib"] = peak_memory()
-        return {"steps": plan.steps, **speed, **found, **best.give(engine)}
+                last = at.step == plan.steps
+                if last or at.step % every == 0:
+                    found = self._validate(engine, step_fn, look, best)
+                # not amid steps that were skipped: what is kept is of before the trouble
+                owed = owed or measured["owed"] > 0 or at.step % save == 0
+                if last or (owed and not at.skipped):
+                    self._save(engine)
+                    owed = False
+        return found
 
-    def _engine(self, module: nn.Module, micro: int) -> Engine:
+    def _engine(self, module: nn.Module) -> Engine:
         plan = self.schedule
+        micro = plan.micro(self.world)
         return Engine(
             module,
             dtype=plan.dtype,
@@ -128,29 +125,54 @@ class Loop:
         )
 
     def _step(self, engine: Engine, step_fn: Step, step: int, micro: int) -> dict[str, float]:
-        """One optimiser step. The loss is the mean over the supervised tokens of all ranks."""
+        """One global batch. The loss is the mean over the supervised tokens of all ranks."""
         rows = self.order(step)
         supervised = int(self.train.supervised[rows].sum())
         if not supervised:
             raise ValueError(
                 f"step {step + 1} has no supervised token: look at the data (view=true)"
             )
-        shares = [rows[i : i + micro] for i in range(0, len(rows), micro)]
-        mine = shares[self.rank :: self.world]
-        sums: dict[str, float] = {}
-        engine.module.train()
-        for share in mine:
-            batch = _to_device(self.train.batch(share), engine)
-            loss, metrics = step_fn(engine, batch)
-            engine.backward(loss * (len(mine) * self.world / supervised))
-            engine.step(self.optim.rate(step, self.schedule.steps))
-            _add(sums, {"loss": loss.detach(), **metrics})
-        sums["stop"] = float(self.told_to_stop)  # summed, so that all ranks agree on the step
-        found = _means(sum_over_ranks(sums))
-        if not math.isfinite(found["loss"]):
-            raise ArithmeticError(f"the loss is {found['loss']} at step {step + 1}; lower optim.lr")
+        starts = range(self.rank * micro, len(rows), self.world * micro)
         rate = self.optim.rate(step, self.schedule.steps)
-        return found | {"lr": rate, "gradient_norm": engine.gradient_norm()}
+        sums: dict[str, float] = {}
+        moved, bad = False, list[int]()
+        engine.module.train()
+        for start in starts:
+            STOP.check()
+            share = rows[start : start + micro]
+            batch = _to_device(self.train.batch(share), engine)
+            # what a pass draws depends on its place in the run alone: there is no state to save
+            torch.manual_seed(self.schedule.seed * 2**40 + step * len(rows) + start)
+            with naming_memory(step + 1, batch), item("a training pass"):
+                loss, metrics = step_fn(engine, batch)
+                engine.backward(poisoned(loss, len(starts) * self.world / supervised))
+                moved = engine.step(rate)
+            bad += share if not loss.isfinite() else []
+            _add(sums, {"loss": loss.detach(), **metrics})
+        waited = self.training - self.saved_at > AT_LEAST
+        sums["owed"] = float(waited and self.rank == 0)  # summed: all ranks save, or none
+        sums = sum_over_ranks(sums)
+        found = _means(sums) | {"lr": rate, "gradient_norm": engine.gradient_norm()}
+        if not self.guard.begun:
+            require_labels(sums, self.train)
+            self.guard.begin()
+        self._counted(found, moved, rows, bad)
+        return found
+
+    def _counted(
+        self, found: dict[str, float], moved: bool, rows: list[int], bad: list[int]
+    ) -> None:
+        """Notes a step, and has it judged by the guard."""
+        self.at.count(moved)
+        step = self.at.step
+        logged = {key: value for key, value in found.items() if key != "owed"}
+        if moved:
+            self.tracker.log(step, logged)
+        else:
+            blamed = self.guard.blamed(rows, bad)
+            self.tracker.log(step, logged | {"skipped": 1.0}, blamed)
+            self.guard.refused(step, self.at.skipped, blamed)
+        self.guard.after(step, moved and found["gradient_norm"] != 0)
 
     def order(self, step: int) -> list[int]:
         """Sequences of a step: the same on any number of ranks, each epoch shuffled anew."""
@@ -170,98 +192,68 @@ class Loop:
 
     @torch.no_grad()
     def _validate(
-        self, engine: Engine, step_fn: Step, look: Look | None, best: "Best", step: int
-    ) -> tuple[dict[str, float], str | None]:
+        self, engine: Engine, step_fn: Step, look: Look | None, best: Best
+    ) -> dict[str, float]:
+        """What it found. Raises Failed, after saving, where training must end."""
         if self.validation is None:
-            return {}, None
+            return {}
         begin = time.perf_counter()
         sums: dict[str, float] = {}
-        engine.module.eval()
-        for row in range(len(self.validation)):
-            loss, metrics = step_fn(engine.module, _to_device(self.validation.batch([row]), engine))
-            _add(sums, {"loss": loss.detach(), **metrics})
-        found = {f"validation_{k}": v for k, v in _means(sums).items()}
-        seen, fault = look(engine.module) if look else ({}, None)
-        found |= seen
+        module = engine.module.eval()
+        with engine.whole():
+            for row in range(len(self.validation)):
+                STOP.check()
+                with item("a validation pass"):
+                    batch = _to_device(self.validation.batch([row]), engine)
+                    loss, metrics = step_fn(module, batch)
+                _add(sums, {"loss": loss.detach(), **metrics})
+            seen, fault = look(module) if look else ({}, None)
+        found = {f"validation_{k}": v for k, v in _means(sums).items()} | seen
         if "validation_tau" in found and not fault:
-            best.offer(engine, step, found["validation_tau"])
+            best.offer(engine, self.at, found["validation_tau"])
+        self.at.validated = self.at.step
         spent = time.perf_counter() - begin
         self.validating += spent
-        self.tracker.log(step, **found, validation_seconds=spent)
-        return found, f"step {step}: {fault}" if fault else None
+        self.tracker.log(self.at.step, found | {"validation_seconds": spent})
+        if fault:
+            self._end(engine, f"step {self.at.step}: {fault}")
+        return found
 
-    def _save(self, engine: Engine, step: int) -> None:
-        state = engine.state()
+    def _end(self, engine: Engine, fault: str) -> None:
+        self._save(engine)
         if self.rank == 0:
-            checkpoint.save(self.out / "checkpoints", step, state, {"seed": self.schedule.seed})
-        barrier()
+            write_json(self.blamed, {"fault": fault})
+        raise Failed(fault)
 
-    def _resume(self, engine: Engine) -> int:
-        found = checkpoint.newest(self.out / "checkpoints")
-        if found is None:
-            self.tracker.rewind(0)
-            return 0
-        state, position, skipped = found
-        for why in skipped if self.rank == 0 else []:
-            print(f"skipped checkpoint {why}", flush=True)
-        engine.restore(state, position["step"])
-        self.tracker.rewind(position["step"])
-        if self.rank == 0:
-            print(f"resumed after step {position['step']} of {self.schedule.steps}", flush=True)
-        return int(position["step"])
+    def _save(self, engine: Engine) -> None:
+        """Saves what is not saved yet."""
+        if self.at.step > self.saved:
+            resume.save(self.out / "checkpoints", engine, self.ranks, self.at)
+        self.saved, self.saved_at = self.at.step, self.training
 
-    def _bar(self, first: int) -> tqdm:
+    def _preempted(self, engine: Engine) -> Preempted:
+        self._save(engine)
+        done = f"after step {self.at.step} of {self.schedule.steps}"
+        return Preempted(f"stopped and saved {done}; the same command goes on from there")
+
+    def _resume(self, engine: Engine) -> Position:
+        at = resume.restore(self.out / "checkpoints", engine, self.ranks)
+        self.tracker.rewind(at.step)
+        self.saved = at.step
+        if at.step and self.rank == 0:
+            print(f"resumed after step {at.step} of {self.schedule.steps}", flush=True)
+        return at
+
+    def _bar(self) -> tqdm:
         plan = self.schedule
         return tqdm(
-            initial=first * plan.batch_tokens,
+            initial=self.at.step * plan.batch_tokens,
             total=plan.steps * plan.batch_tokens,
             unit="tok",
             unit_scale=True,
             desc="train",
             disable=self.rank != 0,
         )
-
-
-class Best:
-    """The weights that decoded best so far, one copy, written and verified as checkpoints are.
-
-    It may be of a later step than the checkpoint that a crashed run goes on from: it was measured,
-    and the steps up to it are trained and measured again.
-    """
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        self.folder, self.rank = folder, rank
-        self.step, self.tau = 0, 0.0
-        found = checkpoint.newest(folder)
-        if found is not None:
-            self.step, self.tau = int(found[1]["step"]), float(found[1]["tau"])
-
-    def offer(self, engine: Engine, step: int, tau: float) -> None:
-        """Keeps the weights of this step if none decoded better: of equals the one trained longer.
-        Every rank must call it with the same tau."""
-        if tau < self.tau:
-            return
-        self.step, self.tau = step, tau
-        state = engine.state()
-        if self.rank == 0:
-            weights = {name: state[name] for name, _ in engine.trained}
-            made = checkpoint.save(self.folder, step, weights, {"tau": tau})
-            for other in self.folder.iterdir():
-                if other != made:
-                    shutil.rmtree(other, ignore_errors=True)
-        barrier()
-
-    def give(self, engine: Engine) -> dict[str, float]:
-        """Puts them into a finished engine's module; their step and tau, {} if there are none."""
-        if not self.step:
-            return {}
-        found = checkpoint.newest(self.folder)
-        if found is None:
-            print(f"the copy in {self.folder} is damaged: the last step is saved", flush=True)
-            return {}
-        for name, parameter in engine.trained:
-            parameter.data = found[0][name].to(parameter.device)
-        return {"artifact_step": found[1]["step"], "artifact_tau": found[1]["tau"]}
 
 
 def peak_memory() -> float:

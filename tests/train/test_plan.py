@@ -1,18 +1,22 @@
 """Stages in order, their folders, and which change of a configuration makes a new folder."""
 
 import copy
+import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from omegaconf.errors import OmegaConfBaseException
 
 from tests.tiny import write_target, write_texts
 from tests.train.composing import ROOT, compose
 from train import plan as planning
-from train.plan import Planned, plan
+from train.plan import Planned, changes, plan
 from train.run import run_recipe
+from train.show import show
 
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml"))
 STAGES = ("target", "pretrain", "generate", "finetune", "tune_tree", "bench", "publish")
@@ -208,7 +212,7 @@ BROKEN: dict[str, tuple[str, Any, str]] = {
     "argument": (
         "stages.finetune.needs.datas",
         "generate",
-        "needs.datas is not a setting; did you mean 'data'.* Valid names: data, drafter, target",
+        "needs.datas is not a setting; did you mean 'data'.* Valid names: .*data, drafter, target",
     ),
     "missing": ("stages.publish.needs.report", None, "stages.publish.needs.report is missing"),
     "no target": ("stages.generate.needs.target", None, "stages.generate has no target: set targe"),
@@ -242,6 +246,16 @@ def test_done_is_a_file_in_the_folder(tmp_path: Path):
     assert stage.done
 
 
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimates by arithmetic alone, of a machine of known speed and enough room."""
+    for module in ("estimate", "passes"):
+        monkeypatch.setattr(f"train.{module}.matrix_speed", lambda dtype: 1e11)
+    monkeypatch.setattr("train.passes.memory_speed", lambda: 1e10)
+    monkeypatch.setattr("train.passes.round_seconds", lambda *a: 0.01)
+    monkeypatch.setattr("train.estimate.rehearse", lambda *a: None)
+    monkeypatch.setattr("train.preflight.memory_free", lambda: 2**36)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_composes_binds_and_plans(
     recipe: str, request: pytest.FixtureRequest, tmp_path: Path, capsys, monkeypatch
@@ -255,7 +269,7 @@ def test_every_recipe_composes_binds_and_plans(
         if "DRAFTSMITH_SHARED" in str(error):
             request.getfixturevalue("shared")  # skips
         raise
-    monkeypatch.setattr("train.estimate.matrix_speed", lambda dtype: 1e11)
+    unmeasured(monkeypatch)
     code, _ = run_recipe(recipe, config)
     said = capsys.readouterr()
     assert code == 0, said.err
@@ -263,4 +277,71 @@ def test_every_recipe_composes_binds_and_plans(
     own = {"shootout": ("bench_medusa", "shootout"), "language_matrix": ("bench_ko", "matrix")}
     for stage in own.get(recipe, ("bench", "publish")):
         assert f"  {stage}: to do, {tmp_path}/out/stages/{stage}-" in said.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def left(stage: Planned) -> Planned:
+    """Its folder as the command leaves it when it starts the stage."""
+    stage.folder.mkdir(parents=True)
+    inputs = {name: str(place) for name, place in stage.inputs.items()}
+    note = {"name": stage.name, "fingerprint": stage.fingerprint, "config": stage.config}
+    (stage.folder / "stage.json").write_text(json.dumps(note | {"inputs": inputs}))
+    return stage
+
+
+def test_a_new_folder_says_what_is_other_than_in_the_nearest_one(composed, tmp_path: Path):
+    far = change(composed, "stages.pretrain.optim.lr", 0.5)
+    far = change(far, "stages.pretrain.schedule.tokens", 4_096)
+    near = change(composed, "stages.pretrain.drafter.layers", 3)
+    for config in (far, near):
+        stages = {s.name: s for s in plan(config, tmp_path)}
+        left(stages["pretrain"])
+        left(stages["finetune"])
+    now = {s.name: s for s in plan(composed, tmp_path)}
+    (line,) = changes(now["pretrain"])
+    before = {s.name: s for s in plan(near, tmp_path)}
+    assert line == f"other than {before['pretrain'].folder.name}: drafter.layers was 3, is 1"
+    (line,) = changes(now["finetune"])
+    assert "its drafter was pretrain-" in line
+    assert f", is {now['pretrain'].folder.name}" in line
+    assert changes(now["bench"]) == []
+    assert changes(before["pretrain"]) == []  # it is there, and goes on
+
+
+def test_a_key_that_changes_no_result_is_no_difference(composed, tmp_path: Path, monkeypatch):
+    for stage in plan(composed, tmp_path)[:2]:
+        left(stage)
+    other = change(composed, "stages.pretrain.schedule.micro_batch", 3)
+    other = change(other, "stages.pretrain.data.limit", 7)
+    stage = next(s for s in plan(other, tmp_path) if s.name == "pretrain")
+    assert changes(stage)[0].endswith(": data.limit was None, is 7")
+    monkeypatch.setattr(planning, "_source", lambda file: "edited")
+    stage = next(s for s in plan(composed, tmp_path) if s.name == "target")
+    assert "its code, what its data or target hold" in changes(stage)[0]
+
+
+def test_earlier_notes_that_cannot_be_read_are_passed_over(composed, tmp_path: Path):
+    stage = next(s for s in plan(composed, tmp_path) if s.name == "pretrain")
+    for number, text in enumerate(["", "[]", '{"config": {"_target_": "gone.away.Now"}}']):
+        folder = tmp_path / "stages" / f"pretrain-{number}"
+        folder.mkdir(parents=True)
+        (folder / "stage.json").write_text(text)
+    assert changes(stage) == []
+
+
+def test_a_plan_for_hardware_that_is_not_here(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    unmeasured(monkeypatch)
+    words = ("target=qwen3_235b", "drafter=eagle3", "launch=deepspeed", "launch.ranks=64")
+    config = compose("recipe=ko_drafter", *words, "stages.pretrain=null",
+                     "stages.finetune.needs.drafter=null")  # fmt: skip
+    gpu = (ROOT / "conf" / "hardware" / "h100.yaml").read_text("utf-8")
+    config["hardware"] = yaml.safe_load(gpu)
+    show("ko_drafter", config, plan(config, tmp_path), tmp_path)
+    said = capsys.readouterr().out
+    assert "target: Qwen/Qwen3-235B-A22B, 235,093,610,496 parameters" in said
+    assert "finetune on 64 x H100 SXM 80GB, micro-batches of 1 x 2048 tokens" in said
+    assert re.search(r"\| replicated \| 437\.9 GiB .* \| no \|", said)
+    assert re.search(r"\| zero3 \| 13\.8 GiB .* \| yes \|", said)
+    assert "would not start here" not in said  # it is asked about other machines
     assert list(tmp_path.iterdir()) == []
