@@ -143,4 +143,4 @@ def _texts(rows: Iterator[Row]) -> Iterator[str]:
 def _load(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

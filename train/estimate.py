@@ -1,46 +1,71 @@
-"""What a stage will take, before it takes it: parameters, tokens, steps, memory, disk, hours.
+"""What a stage will take, before it takes it: parameters, tokens, steps, memory, disk, time.
 
-Rough by design: memory and disk within a factor of two, hours from half-second probes of the
-machine's matrix products and memory. Step D of the project narrows them.
+Disk is arithmetic. Memory and time of a training step are measured on random weights of the same
+shapes where that takes a second or two (train/probe.py); else they are arithmetic too.
 """
 
-import functools
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from data.generate import Generate
+from data.pack import SHARD
 from decoding.pretrained import Pretrained
 from decoding.target import Shape
+from drafters.base import Batch, Metrics
+from drafters.lm import LM
 from eval.bench import Bench
+from train import decoded, loop
 from train.base import BaseTarget
+from train.cache import CacheStates
 from train.compose import build
 from train.distill import Distill
+from train.machine import matrix_speed, memory_free, neighbours
+from train.objectives import CE
+from train.packing import VALIDATION_SEQUENCES
+from train.passes import (
+    BASE,
+    EFFICIENCY,
+    PACKING,
+    REHEARSED,
+    START,
+    Estimate,
+    caching,
+    generating,
+    mapped,
+    measuring,
+    packed_bytes,
+    round_cost,
+)
+from train.placement import placement
 from train.plan import Planned
+from train.probe import SAVED, Measured, measure, random_batch, stand_in
+from train.scale import Work, held, kept, pass_bytes
 from train.schedule import Schedule
 
-PACKED_BYTES = 7  # a packed position: id 4, mask 1, document 2
-TRAINED_BYTES = 16  # a trained parameter: bf16 weight and gradient, fp32 master and two moments
-STATE_BYTES = 12  # a parameter in a checkpoint: fp32 weight and two moments
-ACTIVATIONS = 34  # bytes a token, layer and unit of width that a training step keeps (bf16)
-EFFICIENCY = 0.35  # share of the probe's speed that training reached here
-LAYER_SECONDS = 4e-4  # of a pass however small the layer: Python and kernel starts, on a CPU here
-BASE = 6 * 2**25  # bytes of a process before it holds any weight
-ROW_BYTES = 12  # a generated token in JSON lines: its id, its text and the row's share
+STATE_BYTES = 12  # a trained parameter in a checkpoint: fp32 weight and two moments
+PACKER_BYTES = 60  # a token that is being packed, as Python's integers in three lists
+HOLES = 0.15  # of a step's memory: the allocator cannot use again what it gave back
+SAVING = 2e8  # bytes a second of a checkpoint, hashes included
+AT_MOST = 8.0  # seconds that a rehearsed step may take
 
 
-@dataclass
-class Estimate:
-    """Bytes, tokens and seconds; None where nothing can be said beforehand."""
+@dataclass(frozen=True)
+class Learner:
+    """What a training stage trains, and reads: `work` on one rank; `reads`: the target whose
+    passes (`passes` of them, or what costs as much; none with a cache) each step needs, `weights`
+    its bytes on a rank; `decodes`: its validations decode prompts; artifact: bytes of a saved
+    parameter."""
 
-    what: str
-    tokens: int | None = None
-    steps: int | None = None
-    memory: int | None = None
-    disk: int | None = None
-    seconds: float | None = None
+    work: Work
+    schedule: Schedule
+    reads: Shape | None = None
+    weights: int = 0
+    passes: int = 1
+    decodes: bool = False
+    artifact: int = 4
 
 
 def shape_of_target(spec: dict[str, Any], stages: list[Planned]) -> Shape | None:
@@ -79,160 +104,164 @@ def drafter_parameters(config: dict[str, Any], shape: Shape) -> int | None:
         return None
 
 
-def estimate(stage: Planned, shape: Shape | None) -> Estimate:
-    """What is known of a stage beforehand."""
+def estimate(
+    stage: Planned, shape: Shape | None, ranks: int = 1, *, rehearsed: bool = True
+) -> Estimate:
+    """What is known of a stage beforehand; `rehearsed`: measured where it does not take long."""
     made = build(stage.config)
-    if isinstance(made, BaseTarget):
-        assert shape is not None
-        return _training(made.schedule, shape.parameters(), shape.layers, shape.hidden_size, 0, 0)
-    if isinstance(made, Distill):
-        count = drafter_parameters(stage.config["drafter"], shape) if shape else None
-        if shape is None or count is None:
+    if isinstance(made, (BaseTarget, Distill)):
+        learner = learner_of(stage, made, shape, ranks)
+        if learner is None or shape is None:
             plan = made.schedule
             said = "sizes are not known while the Hub cannot be reached"
             return Estimate(said, plan.steps * plan.batch_tokens, plan.steps)
-        reads_target = made.objective.needs_target or made.drafter.cls.needs_target  # type: ignore[attr-defined]
-        reads = shape.parameters() if reads_target else 0
-        layers = int(made.drafter.arguments.get("layers") or 1)
-        passes = 1
-        if made.drafter.arguments.get("target_lora"):  # there and back, and once as it was
-            layers, passes = layers + shape.layers, 4
-        return _training(made.schedule, count, layers, shape.hidden_size, reads, passes)
+        found = rehearse(made, learner, shape) if rehearsed else None
+        return training(learner, shape, ranks, found)
     if isinstance(made, Generate):
-        return _generating(made, shape)
+        return generating(made, shape, ranks, rehearsed)
     if isinstance(made, Bench):
-        return _measuring(made, shape)
+        return measuring(made, shape, ranks, rehearsed)
+    if isinstance(made, CacheStates):
+        if shape and drafter_parameters(stage.config["drafter"], shape) is None:
+            shape = None
+        return caching(made, shape, ranks)
     return Estimate("")
 
 
-def _training(
-    plan: Schedule, parameters: int, layers: int, width: int, target: int, passes: int
+def learner_of(
+    stage: Planned, made: BaseTarget | Distill, shape: Shape | None, ranks: int
+) -> Learner | None:
+    """What a training stage trains; None where a size is not known offline."""
+    plan = made.schedule
+    micro, length = plan.micro(ranks), plan.sequence_length
+    if shape is None:
+        return None
+    if isinstance(made, BaseTarget):
+        work = Work(shape.parameters(), 1, shape.layers, shape.hidden_size, 0, micro, length)
+        return Learner(work, plan, passes=0, artifact=2)
+    count = drafter_parameters(stage.config["drafter"], shape)
+    if count is None:
+        return None
+    given = made.drafter.arguments
+    reads = made.objective.needs_target or made.drafter.cls.needs_target  # type: ignore[attr-defined]
+    layers, width = int(given.get("layers") or 1), int(given.get("width") or shape.hidden_size)
+    unrolled, taps = int(given.get("steps") or 1), 3 if "taps" in given else 0
+    adapted = bool(given.get("target_lora"))  # there and back, and once as it was
+    if adapted:
+        layers += shape.layers
+    work = Work(count, unrolled, layers, width, taps, micro, length)
+    if not reads:
+        return Learner(work, plan, passes=0)
+    cached, decodes = "cache" in stage.needs, "data" in stage.needs
+    passes = 4 if adapted else int(not cached)
+    weights = _weights(made.target, shape, ranks, cached)
+    return Learner(work, plan, shape, weights, passes, decodes)
+
+
+def _weights(target: Pretrained, shape: Shape, ranks: int, cached: bool) -> int:
+    """Bytes of the frozen target on a rank that trains."""
+    found = placement(shape, dtype=target.dtype, ranks=ranks, positions=0)
+    if cached:
+        return found.borrowed
+    return found.sharded if target.parallel else found.replicated
+
+
+def rehearse(made: BaseTarget | Distill, learner: Learner, shape: Shape) -> Measured | None:
+    """A step of the real drafter beside a target of random weights; None where that would take
+    long, or more memory than there is."""
+    size = learner.work.parameters + (shape.parameters() if learner.reads else 0)
+    long = size > REHEARSED or micro_seconds(learner, shape) > AT_MOST
+    elsewhere = isinstance(made, Distill) and made.drafter.arguments.get("checkpoint")
+    elsewhere = elsewhere or (learner.reads and not learner.passes)  # a cache has its own batches
+    needed = size * (SAVED + 8) + kept(learner.work, "float32")
+    if shape.experts or long or elsewhere or needed > memory_free():
+        return None
+    batch = random_batch(learner.work.micro, learner.work.length, shape.vocab_size)
+    frozen = stand_in(shape) if learner.reads else None
+    with torch.random.fork_rng():
+        module, objective = _module(made, shape)
+        module.initialise(frozen, lambda: torch.ones(shape.vocab_size, dtype=torch.long))
+    target = module.learning(frozen) if frozen else None
+
+    def step(engine: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        return engine(batch, target, objective)
+
+    return measure(module, step, batch, learner.schedule.dtype, frozen)
+
+
+def _module(made: BaseTarget | Distill, shape: Shape) -> tuple[Any, Any]:
+    if isinstance(made, BaseTarget):
+        return LM(shape, layers=made.layers, width=made.width), CE()
+    return made.drafter(shape), made.objective
+
+
+def training(
+    learner: Learner, shape: Shape, ranks: int = 1, found: Measured | None = None
 ) -> Estimate:
-    """passes: forward passes of a target of `target` parameters, or what costs as much."""
-    positions = plan.steps * plan.batch_tokens
-    held = plan.micro_batch * plan.sequence_length
-    activations = held * layers * width * ACTIVATIONS
-    flops = positions * (6 * parameters + 2 * passes * target)
+    """From a measured step, or from arithmetic."""
+    plan, work = learner.schedule, learner.work
+    target = learner.reads.parameters() if learner.reads else 0
+    floor = held(work.parameters, plan.zero_stage, ranks, plan.dtype) + learner.weights
+    step = kept(work, plan.dtype) + (pass_bytes(shape, work) if learner.passes else 0)
+    if found:
+        step = found.peak
+    if not torch.cuda.is_available():
+        floor, step = floor + BASE, step + _in_the_heap(learner, step)
+    timed = found or Measured(0, micro_seconds(learner, shape), 0.0)
+    seconds = START + learning_seconds(learner, shape, ranks, timed, rehearsed=bool(found))
     return Estimate(
-        f"{parameters:,} parameters" + (f", reads a target of {target:,}" if target else ""),
-        tokens=positions,
+        f"{work.parameters:,} parameters" + (f", reads a target of {target:,}" if target else ""),
+        tokens=plan.steps * plan.batch_tokens,
         steps=plan.steps,
-        memory=parameters * TRAINED_BYTES + 2 * target + activations + BASE,
-        disk=positions * PACKED_BYTES + parameters * (3 * STATE_BYTES + 4),
-        seconds=flops / (matrix_speed(plan.dtype) * EFFICIENCY),
+        memory=int(floor + step),
+        floor=floor,
+        disk=disk(learner),
+        aside=STATE_BYTES * work.parameters,
+        seconds=(seconds, seconds),
+        measured=found is not None,
     )
 
 
-def _generating(made: Generate, shape: Shape | None) -> Estimate:
-    if shape is None:
-        return Estimate("generate; the target's shape is not known offline")
-    most = made.limit * made.answers_per_prompt * made.max_new_tokens if made.limit else None
-    cache = shape.layers * 2 * shape.kv_heads * (shape.head_dim or 64) * 2
-    held = made.batch_size * (made.max_new_tokens + made.max_prompt_tokens) * cache
-    return Estimate(
-        f"at most {made.limit * made.answers_per_prompt:,} answers"
-        if made.limit
-        else "every prompt",
-        tokens=most,
-        memory=2 * shape.parameters() + held + BASE,
-        disk=most * ROW_BYTES if most else None,
-        seconds=decoding_seconds(shape, most / made.batch_size, made.batch_size) if most else None,
-    )
+def _in_the_heap(learner: Learner, step: float) -> float:
+    """Bytes that a process on a CPU has held besides: sequences while they were packed, the pages
+    of the target's file, holes that a step left, and a gathered checkpoint beside these."""
+    plan, parameters = learner.schedule, learner.work.parameters
+    packing = min(plan.tokens, SHARD * plan.sequence_length) * PACKER_BYTES
+    target = mapped(learner.reads) if learner.passes and learner.reads else 0
+    return packing + target + HOLES * step + SAVED * parameters
 
 
-def _measuring(made: Bench, shape: Shape | None) -> Estimate:
-    prompts = len(made.prompts) * made.limit
-    said = f"{len(made.prompts)} task(s), at most {prompts:,} prompts"
-    if shape is None:
-        return Estimate(said)
-    arms = 2 + len(made.baselines)
-    answers = prompts * made.repeats * len(made.temperatures) * arms * made.max_new_tokens
-    return Estimate(
-        said,
-        memory=4 * shape.parameters() + BASE,  # controls hold the target in fp32
-        seconds=sum(decoding_seconds(shape, answers / b, b) for b in made.batch_sizes),
-    )
+def disk(learner: Learner) -> int:
+    """Bytes of the tensors that a training stage leaves: packed positions, two checkpoints, the
+    best weights where validation decodes, the artifact. Small files come on top."""
+    plan, parameters = learner.schedule, learner.work.parameters
+    sequences = plan.tokens // plan.sequence_length + VALIDATION_SEQUENCES
+    packed = packed_bytes(sequences, plan.sequence_length)
+    best = 4 * parameters if learner.decodes else 0
+    kept_states = min(2, plan.steps) * STATE_BYTES * parameters
+    return packed + kept_states + best + learner.artifact * parameters
 
 
-def decoding_seconds(shape: Shape, passes: float, rows: int) -> float:
-    """Seconds of `passes` target passes over one token of each of `rows` requests: the longest of
-    reading the weights, multiplying them, and starting the kernels."""
-    parameters = shape.parameters()
-    reading = 2 * parameters / memory_speed()
-    multiplying = 2 * parameters * rows / (matrix_speed("bfloat16") * EFFICIENCY)
-    return passes * max(reading, multiplying, shape.layers * LAYER_SECONDS)
+def learning_seconds(
+    learner: Learner, shape: Shape, ranks: int, found: Measured, *, rehearsed: bool
+) -> float:
+    """Packing, steps, validations and checkpoints."""
+    plan, parameters = learner.schedule, learner.work.parameters
+    steps = plan.steps * found.step_seconds(plan, ranks) * neighbours(ranks)  # who share its cores
+    reports = min(loop.REPORTS, plan.steps)
+    held_out = VALIDATION_SEQUENCES * plan.sequence_length
+    looks = held_out / learner.work.tokens * found.seconds / 3  # forward passes alone
+    if learner.decodes:  # rounds of one batch of prompts after another, and their training passes
+        rounds = decoded.PROMPTS / decoded.TOGETHER * decoded.NEW_TOKENS / 2 / ranks
+        rows, tokens = decoded.TOGETHER, decoded.CHAIN + 1
+        looks += rounds * 2 * round_cost(shape, rows, tokens, rehearsed=rehearsed)
+    saves = min(loop.CHECKPOINTS + 1, plan.steps) * STATE_BYTES * parameters / SAVING
+    return plan.tokens / PACKING + steps + reports * looks + saves
 
 
-@functools.cache
-def matrix_speed(dtype: str) -> float:
-    """Floating-point operations a second of a matrix product on this machine, now."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    a = torch.randn(1024, 1024, device=device).to(kind)
-    begin, count = time.perf_counter(), 0
-    while time.perf_counter() - begin < 0.3:
-        torch.mm(a, a)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        count += 1
-    return count * 2 * 1024**3 / (time.perf_counter() - begin)
-
-
-@functools.cache
-def memory_speed() -> float:
-    """Bytes a second that this machine reads, measured now by summing 64 MiB."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.ones(2**24, device=device)
-    begin, count = time.perf_counter(), 0
-    while time.perf_counter() - begin < 0.2:
-        a.sum().item()
-        count += 1
-    return count * 2**26 / (time.perf_counter() - begin)
-
-
-def show(name: str, config: dict[str, Any], stages: list[Planned]) -> None:
-    """Prints the plan of a recipe."""
-    shape = shape_of_target(config["target"], stages)
-    print(f"recipe {name}: {len(stages)} stages; nothing is started")
-    what = f"{shape.parameters():,} parameters" if shape else "not known offline"
-    print(f"target: {config['target'].get('path') or 'trained by stage target'}, {what}")
-    if shape and config.get("drafter"):
-        count = drafter_parameters(config["drafter"], shape)
-        size = f"{count:,} parameters ({count / shape.parameters():.1%})" if count else "not known"
-        print(f"drafter: {config['drafter']['_target_']}, {size}")
-    total = Estimate("")
-    for stage in stages:
-        found = estimate(stage, shape)
-        total.disk = (total.disk or 0) + (found.disk or 0)
-        total.seconds = (total.seconds or 0) + (found.seconds or 0)
-        print(f"\n  {stage.name}: {'done' if stage.done else 'to do'}, {stage.folder}")
-        if stage.needs:
-            print("    needs " + ", ".join(f"{k} from {v}" for k, v in stage.needs.items()))
-        print(f"    {_sentence(found)}")
-    print(
-        f"\nin all: about {_bytes(total.disk or 0)} of disk and {_time(total.seconds or 0)}, with "
-        "every answer of generate and bench as long as it may be"
-    )
-
-
-def _sentence(found: Estimate) -> str:
-    parts = [found.what] if found.what else []
-    if found.tokens is not None:
-        parts.append(f"{found.tokens:,} tokens")
-    if found.steps is not None:
-        parts.append(f"{found.steps:,} steps")
-    if found.memory is not None:
-        parts.append(f"about {_bytes(found.memory)} of memory a rank")
-    if found.disk is not None:
-        parts.append(f"{_bytes(found.disk)} of disk")
-    if found.seconds is not None:
-        parts.append(f"roughly {_time(found.seconds)}")
-    return ", ".join(parts) or "small"
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{seconds / 60:.1f} minutes"
+def micro_seconds(learner: Learner, shape: Shape) -> float:
+    """Seconds of one micro-batch by its operations."""
+    work = learner.work
+    passes = 2 * learner.passes * learner.reads.parameters(active=True) if learner.reads else 0
+    flops = work.tokens * (6 * work.parameters * work.passes + passes)
+    return flops / (matrix_speed(learner.schedule.dtype) * EFFICIENCY)

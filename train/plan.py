@@ -1,18 +1,18 @@
-"""Recipe -> stages in order, each with a fingerprint, a folder and an estimate."""
+"""Recipe -> stages in order, each with a fingerprint and a folder."""
 
 import ast
 import hashlib
 import inspect
 import json
 import platform
-import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from train.compose import bind, build, classes, find, unknown
+from train.compose import bind, build, check_name, classes, find, inside, unknown
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+MOST = 6  # differences that are told
 
 
 class Stage(Protocol):
@@ -46,8 +46,7 @@ def plan(config: dict[str, Any], root: Path) -> list[Planned]:
     planned: dict[str, Planned] = {}
     for name in _order(needs):
         body = {k: v for k, v in stages[name].items() if k != "needs"}
-        if not NAME.fullmatch(name):
-            raise ValueError(f"the stage name {name!r} cannot be a folder's name")
+        check_name("a stage", name)
         bind(body, f"stages.{name}")
         _check_inputs(name, body, needs[name], config)
         made = build(body)  # its own checks, before anything starts
@@ -55,7 +54,7 @@ def plan(config: dict[str, Any], root: Path) -> list[Planned]:
             made.check(needs[name])
         known = {argument: planned[source] for argument, source in needs[name].items()}
         mark = fingerprint(body, {a: p.fingerprint for a, p in known.items()})
-        folder = root / "stages" / f"{name}-{mark}"
+        folder = inside(root, "stages", f"{name}-{mark}")
         inputs = {a: p.folder / "artifact" for a, p in known.items()}
         planned[name] = Planned(name, body, needs[name], mark, folder, inputs)
     return list(planned.values())
@@ -77,6 +76,50 @@ def fingerprint(config: dict[str, Any], inputs: dict[str, str]) -> str:
             sources["device"] = device()
     whole = {"config": _kept(config), "inputs": inputs, "sources": sources, "files": files}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def changes(stage: Planned) -> list[str]:
+    """Why a stage to do is not one of the earlier folders of its name: which keys and inputs are
+    other than in the one that is nearest. [] where there is none, or where this one was begun."""
+    if (stage.folder / "stage.json").is_file():
+        return []
+    nearest: tuple[list[str], str] | None = None
+    for file in sorted(stage.folder.parent.glob(f"{stage.name}-*/stage.json")):
+        found = _differences(file, stage)
+        if found is not None and (nearest is None or len(found) < len(nearest[0])):
+            nearest = found, file.parent.name
+    if nearest is None:
+        return []
+    said, more = nearest[0][:MOST], len(nearest[0]) - MOST
+    if not said:
+        said = ["its code, what its data or target hold, or what it is measured on"]
+    return [f"other than {nearest[1]}: {'; '.join(said)}{f'; {more} more' if more > 0 else ''}"]
+
+
+def _differences(file: Path, stage: Planned) -> list[str] | None:
+    """Of an earlier stage.json; None for one that is not of this stage or cannot be read."""
+    try:
+        note = json.loads(file.read_text(encoding="utf-8"))
+        before, now = dict(_flat(_kept(note["config"]))), dict(_flat(_kept(stage.config)))
+        made_from = {name: Path(place).parent.name for name, place in note["inputs"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if note.get("name") != stage.name or before.get("_target_") != now["_target_"]:
+        return None
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    found = [f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in keys]
+    inputs = {name: place.parent.name for name, place in stage.inputs.items()}
+    changed = [name for name in inputs if made_from.get(name) != inputs[name]]
+    return found + [f"its {name} was {made_from.get(name)}, is {inputs[name]}" for name in changed]
+
+
+def _flat(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value with the keys that lead to it."""
+    if isinstance(config, dict) and config:
+        for key, value in config.items():
+            yield from _flat(value, f"{path}.{key}" if path else key)
+    else:
+        yield path, config
 
 
 def device() -> str:

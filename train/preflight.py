@@ -1,0 +1,221 @@
+"""Before anything starts: is there the disk, the memory, the access that later stages will need?
+
+It takes seconds. What it cannot know (a Hub that does not answer) it says and lets pass.
+"""
+
+import netrc
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data.sources import Hub
+from decoding.pretrained import Pretrained
+from train import versions
+from train.compose import build, classes
+from train.estimate import estimate, shape_of_target
+from train.launch import Launch
+from train.machine import memory_free, neighbours
+from train.passes import Estimate
+from train.plan import Planned
+from train.scale import gib
+from train.track import Wandb
+
+SMALL = 64 * 2**20  # bytes of logs, tokenizers and reports that nobody counts
+PATIENCE = 10.0  # seconds that the Hub has for an answer
+UNNAMED = "your-name/"  # how a repository begins that nobody has named
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+class Refused(ValueError):
+    """The Hub answered, and the answer is no."""
+
+
+def preflight(
+    config: dict[str, Any], stages: list[Planned], launch: Launch, root: Path
+) -> list[str]:
+    """Lines to print before a recipe starts. Raises OSError where disk or memory cannot suffice,
+    ValueError where a credential is missing that was plainly asked for."""
+    shape = shape_of_target(config["target"], stages)
+    todo = [stage for stage in stages if not stage.done]
+    found = {s.name: estimate(s, shape, launch.world, rehearsed=False) for s in todo}
+    lines = []
+    for check in _checks(todo, launch, root, found):
+        lines += check()
+    return lines
+
+
+def findings(
+    stages: list[Planned], launch: Launch, root: Path, found: dict[str, Estimate]
+) -> Iterator[str]:
+    """The same for plan=true, from estimates that are there: what would stop is a line as well."""
+    yield from versions.shown()
+    for check in _checks([s for s in stages if not s.done], launch, root, found):
+        try:
+            yield from check()
+        except (ValueError, OSError) as error:
+            yield f"would not start here: {error}"
+
+
+def _checks(
+    stages: list[Planned], launch: Launch, root: Path, found: dict[str, Estimate]
+) -> list[Callable[[], list[str]]]:
+    return [
+        lambda: disk(root, {s.name: found[s.name] for s in stages}),
+        lambda: memory({s.name: found[s.name] for s in stages}, launch),
+        lambda: tracking(stages),
+        lambda: hub(stages),
+    ]
+
+
+def disk(root: Path, found: dict[str, Estimate]) -> list[str]:
+    """What the stages will leave, with the checkpoint that stands beside two others while it is
+    written, against what is free."""
+    there = next(p for p in [root, *root.parents] if p.is_dir())
+    free = shutil.disk_usage(there).free
+    left = sum(each.disk or 0 for each in found.values())
+    aside = max([each.aside for each in found.values()], default=0)
+    said = f"disk: {gib(left + aside)} needed ({gib(aside)} of it for a moment), {gib(free)} free"
+    if left + aside + SMALL > free:
+        large = max(found, key=lambda name: found[name].disk or 0)
+        raise OSError(
+            f"{said} in {there}; most is for stage {large} ({gib(found[large].disk or 0)}): free "
+            "some, or set output_dir to another disk"
+        )
+    return [said] if found else []
+
+
+def memory(found: dict[str, Estimate], launch: Launch) -> list[str]:
+    """What each stage certainly needs against what this machine has left. Several nodes, or a job
+    that a scheduler places, are other machines: each stage's own first step finds out there."""
+    if not found:
+        return []
+    if launch.how == "slurm" or launch.nodes > 1:
+        return ["memory: the stages run on other machines; each measures a step before it trains"]
+    free, here = memory_free(), neighbours(launch.world)
+    large = max(found, key=lambda name: found[name].floor)
+    floor = found[large].floor
+    said = f"memory: {gib(free)} free for {here} rank(s) here"
+    if floor * here > free:
+        raise OSError(
+            f"{said}, and stage {large} needs {gib(floor)} on each before it makes one step; "
+            "raise deepspeed.zero_stage, or choose a smaller target or drafter, fewer ranks on "
+            "this machine or a cache (docs/scale.md)"
+        )
+    most = max(found, key=lambda name: found[name].memory or 0)
+    told = gib(found[most].memory or 0)
+    return [f"{said}; the most is needed by stage {most}, about {told} each"]
+
+
+def tracking(stages: list[Planned]) -> list[str]:
+    """Raises ValueError where wandb shall go online and has no key."""
+    named = [s for s in stages if isinstance(build(s.config.get("tracker")), Wandb)]
+    if not named:
+        return []
+    mode = build(named[0].config["tracker"]).mode
+    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or _in_netrc("api.wandb.ai")):
+        raise ValueError(
+            "tracker.mode is online and wandb has no key: set WANDB_API_KEY, run `wandb login`, or "
+            "set tracker.mode=offline"
+        )
+    return [f"tracker: wandb, {mode}"]
+
+
+def _in_netrc(host: str) -> bool:
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def hub(stages: list[Planned]) -> list[str]:
+    """Whether the Hub lets us read what the stages read and is not here, and knows us where one
+    publishes. Raises ValueError for what it refuses; that it does not answer stops nothing."""
+    named = {
+        str(s.config["repository"])
+        for s in stages
+        if s.config["_target_"] == "train.publish.Publish"
+        and not str(s.config.get("repository", UNNAMED)).startswith(UNNAMED)
+    }
+    asks = [partial(_readable, name, kind) for name, kind in sorted(_repositories(stages).items())]
+    return _answers([*asks, *(partial(_known, name) for name in sorted(named))])
+
+
+def _repositories(stages: list[Planned]) -> dict[str, str]:
+    """Hub ids that the stages read and that are not in the cache -> model or dataset."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = {}
+    for stage in stages:
+        for cls, body in classes(stage.config):
+            if cls is Hub:
+                found[body["path"]] = "dataset"
+            model = body.get("path") if cls is Pretrained else body.get("checkpoint")
+            if not (isinstance(model, str) and HUB_ID.fullmatch(model)) or Path(model).exists():
+                continue
+            if not isinstance(try_to_load_from_cache(model, "config.json"), str):
+                found[model] = "model"
+    return found
+
+
+def _readable(name: str, kind: str) -> str:
+    """Raises Refused for a repository that is gated or not there."""
+    from huggingface_hub import auth_check
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        auth_check(name, repo_type=kind)
+    except GatedRepoError:
+        raise Refused(
+            f"the Hub does not give {name} to this account: ask for access on its page, then log "
+            "in with `hf auth login` or set HF_TOKEN"
+        ) from None
+    except RepositoryNotFoundError:
+        raise Refused(
+            f"the Hub has no {kind} {name}, or it is private and the token here may not read it: "
+            "check the id, log in with `hf auth login` or set HF_TOKEN"
+        ) from None
+    return f"Hub: {name} can be read"
+
+
+def _known(name: str) -> str:
+    """Who we are on the Hub. The stage publish makes a folder and uploads nothing, so that a
+    missing token is said and not refused."""
+    from huggingface_hub import get_token, whoami
+
+    if not get_token():
+        return f"Hub: no token here; uploading to {name} will need one (`hf auth login`)"
+    known = whoami()
+    scope = known.get("auth", {}).get("accessToken", {}).get("role", "unknown")
+    owners = [known["name"], *(each["name"] for each in known.get("orgs", []))]
+    mine = "" if name.split("/")[0] in owners else f", which does not own {name}"
+    return f"Hub: logged in as {known['name']}{mine}; the token's scope is {scope}"
+
+
+def _answers(asks: list[Callable[[], str]]) -> list[str]:
+    """What each says, all asked at once; raises the first Refused."""
+    heard: list[str | Refused] = ["Hub: no answer"] * len(asks)
+
+    def go(number: int) -> None:
+        try:
+            heard[number] = asks[number]()
+        except Refused as error:
+            heard[number] = error
+        except Exception as error:  # offline, a proxy, a server's fault: the stage will find out
+            heard[number] = f"Hub: not asked ({type(error).__name__})"
+
+    threads = [threading.Thread(target=go, args=(n,), daemon=True) for n in range(len(asks))]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + PATIENCE
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+    for said in heard:
+        if isinstance(said, Refused):
+            raise said
+    return list(dict.fromkeys(str(said) for said in heard))

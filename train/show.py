@@ -1,0 +1,103 @@
+"""`plan=true`: what a recipe would do, what it would take, and what has changed since."""
+
+from pathlib import Path
+from typing import Any
+
+from decoding.target import Shape
+from train.compose import bind, build
+from train.distill import Distill
+from train.estimate import drafter_parameters, estimate, learner_of, shape_of_target
+from train.launch import Launch
+from train.passes import Estimate
+from train.plan import Planned, changes
+from train.preflight import findings
+from train.scale import cache_bytes, gib, stages_table, table
+
+
+def show(name: str, config: dict[str, Any], stages: list[Planned], root: Path) -> None:
+    """Prints the plan of a recipe; with `hardware`, also what it would take on such GPUs."""
+    launch: Launch = build(config["launch"])
+    shape = shape_of_target(config["target"], stages)
+    print(f"recipe {name}: {len(stages)} stages; nothing is started")
+    hardware = config.get("hardware")
+    if hardware:
+        print("memory and time of the stages are this machine's; those of others stand at the end")
+    what = f"{shape.parameters():,} parameters" if shape else "not known offline"
+    print(f"target: {config['target'].get('path') or 'trained by stage target'}, {what}")
+    if shape and config.get("drafter"):
+        count = drafter_parameters(config["drafter"], shape)
+        size = f"{count:,} parameters ({count / shape.parameters():.1%})" if count else "not known"
+        print(f"drafter: {config['drafter']['_target_']}, {size}")
+    found = {}
+    for stage in stages:
+        found[stage.name] = estimate(stage, shape, launch.world, rehearsed=not hardware)
+        print(f"\n  {stage.name}: {'done' if stage.done else 'to do'}, {stage.folder}")
+        if stage.needs:
+            print("    needs " + ", ".join(f"{k} from {v}" for k, v in stage.needs.items()))
+        print(f"    {_sentence(found[stage.name])}")
+        for line in [] if stage.done else changes(stage):
+            print(f"    {line}")
+    print(f"\nin all: {_total(list(found.values()))}")
+    if hardware and shape:
+        print(*elsewhere(hardware, stages, shape, launch.world), sep="\n")
+    else:
+        print(*findings(stages, launch, root, found), sep="\n")
+
+
+def elsewhere(
+    hardware: dict[str, Any], stages: list[Planned], shape: Shape, ranks: int
+) -> list[str]:
+    """What the stages that read the target in training take on other hardware, by placement."""
+    bind(hardware, "hardware")
+    gpu = build(hardware)
+    lines = []
+    for stage in stages:
+        made = build(stage.config)
+        learner = learner_of(stage, made, shape, ranks) if isinstance(made, Distill) else None
+        if learner is None or learner.reads is None:
+            continue
+        work, positions = learner.work, learner.schedule.steps * learner.schedule.batch_tokens
+        sizes = cache_bytes(shape, work.taps, positions).items()
+        lines += [
+            f"\n{stage.name} on {ranks} x {gpu.name}, micro-batches of {work.micro} x "
+            f"{work.length} tokens (docs/scale.md has the arithmetic):",
+            *table(shape, work, ranks, gpu),
+            "",
+            *stages_table(work, (ranks,), gpu),
+            f"a cache of {positions:,} positions: "
+            + ", ".join(f"{gib(size)} for {kind}" for kind, size in sizes),
+        ]
+    return lines
+
+
+def _sentence(found: Estimate) -> str:
+    parts = [found.what] if found.what else []
+    if found.tokens is not None:
+        parts.append(f"{'at most ' if found.steps is None else ''}{found.tokens:,} tokens")
+    if found.steps is not None:
+        parts.append(f"{found.steps:,} steps")
+    if found.memory is not None:
+        parts.append(f"about {gib(found.memory)} of memory a rank")
+    if found.disk is not None:
+        parts.append(f"{'' if found.steps else 'at most '}{gib(found.disk)} of disk")
+    if found.seconds is not None:
+        how = " (from a measured step)" if found.measured else ""
+        parts.append(f"{_span(*found.seconds)}{how}")
+    return ", ".join(parts) or "small"
+
+
+def _total(found: list[Estimate]) -> str:
+    times = [each.seconds for each in found if each.seconds]
+    least, most = (sum(pair[i] for pair in times) for i in (0, 1))
+    disk = sum(each.disk or 0 for each in found)
+    return f"about {gib(disk)} of disk and {_span(least, most)}"
+
+
+def _span(least: float, most: float) -> str:
+    if most < 1.01 * least:
+        return f"about {_time(most)}"
+    return f"{_time(least)} to {_time(most)}, as long as answers are"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{seconds / 60:.1f} minutes"
