@@ -128,3 +128,20 @@ def test_the_walk_finds_long_functions_and_forbidden_calls():
     for bad in ("torch.load(f)", "import pickle", "m(trust_remote_code=True)", "eval(x)"):
         assert any(re.search(p, without_strings(bad)) for p in FORBIDDEN), bad
     assert not any(re.search(p, without_strings("'never torch.load('")) for p in FORBIDDEN)
+
+
+def test_every_test_that_the_table_of_faults_names_is_there():
+    """And those that it calls *soak* are the marked ones."""
+    table = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", table))
+    found: dict[str, bool] = {}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        source = path.read_text(encoding="utf-8")
+        whole = "pytestmark = pytest.mark.soak" in source
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                marked = any(ast.unparse(d).endswith("mark.soak") for d in node.decorator_list)
+                found[node.name] = whole or marked
+    assert len(named) > 50
+    assert named <= set(found)
+    assert set(re.findall(r"\*soak\* `(test_\w+)`", table)) == {n for n in named if found[n]}
