@@ -26,7 +26,7 @@ from tests.train.looping import (
     state,
     trained,
 )
-from tests.train.test_loop import told_at
+from tests.train.test_training_loop import told_at
 from train import packing, plan
 from train.guard import ECHO, STOP, Preempted
 from train.schedule import Schedule
