@@ -10,7 +10,6 @@ Each in a process of its own; peak resident memory, less what the process held b
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from decoding.target import Target
 from drafters.base import Batch, write_json
 from drafters.heads import ahead
 from drafters.medusa import Medusa
+from train.machine import peak_memory
 from train.objectives import ForwardKL
 
 
@@ -61,7 +61,7 @@ def step(asked: argparse.Namespace) -> dict[str, float]:
     drafter.initialise(target, lambda: torch.ones(asked.vocabulary))
     ids = torch.randint(asked.vocabulary, (2, asked.tokens // 2))
     batch = Batch(ids, torch.ones_like(ids).bool(), torch.zeros_like(ids))
-    before, begin = peak(), time.perf_counter()
+    before, begin = peak_memory(), time.perf_counter()
     if asked.side == "ours":
         loss, metrics = drafter(batch, target, ForwardKL())
         loss = loss / metrics["tokens"]
@@ -69,7 +69,7 @@ def step(asked: argparse.Namespace) -> dict[str, float]:
         loss = obvious(drafter, batch, target)
     loss.backward()
     return {
-        "peak_mib": peak() - before,
+        "peak_mib": peak_memory() - before,
         "seconds": time.perf_counter() - begin,
         "loss": float(loss.detach()),
     }
@@ -107,10 +107,6 @@ def random_target(vocabulary: int, width: int) -> Target:
         tie_word_embeddings=True,
     )
     return Target(LlamaForCausalLM(config))
-
-
-def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ before, the fastest of `--repeats` runs, and how far its gradients are from the 
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import tempfile
@@ -26,9 +25,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from train.machine import peak_memory
+
 LOSSES = ("ce", "forward_kl", "jsd", "tv")
 SIDES = ("naive", "ours", "liger")
-BYTES_OF_A_GIB = 2**30
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """Loss summed over tokens, of states, head, labels, the target's states and its head."""
@@ -123,7 +123,7 @@ def measure(asked: argparse.Namespace) -> dict[str, float]:
         {"hidden": hidden.grad.float().cpu(), "weight": weight.grad[some].float().cpu()},
         asked.gradients,
     )
-    gradients = (hidden.grad.nbytes + weight.grad.nbytes) / BYTES_OF_A_GIB
+    gradients = (hidden.grad.nbytes + weight.grad.nbytes) / 2**30
     return {
         "peak_gib": round(peak, 3),
         "gradients_gib": round(gradients, 3),
@@ -213,10 +213,8 @@ def device() -> torch.device:
 
 
 def held() -> float:
-    """The most this process has held, GiB: on its GPU, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / BYTES_OF_A_GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """The most this process has held, GiB."""
+    return peak_memory() / 1024
 
 
 def now() -> float:

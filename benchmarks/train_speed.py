@@ -20,7 +20,6 @@ forward KL a token on sequences that none has trained on (of eagle3 by draft pos
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -43,6 +42,7 @@ from decoding.target import Target, TargetOut
 from drafters.base import Batch, Metrics, Prediction, Trained, write_json
 from drafters.eagle3 import Eagle3
 from drafters.lm import LM
+from train.machine import peak_memory
 
 WARM, DECAY, RATE = 5, 0.8, 1e-3
 NAMES = ("ids", "mask", "doc", "hidden", "taps")  # as benchmarks/speculators_side.py reads them
@@ -151,10 +151,6 @@ def load(asked: argparse.Namespace) -> tuple[Target, Trained, Packed]:
         drafter = Eagle3(target.shape, steps=asked.draft_steps, decay=DECAY)
     drafter.initialise(target, lambda: packed.counts(target.shape.vocab_size))
     return target, drafter, packed
-
-
-def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def write(asked: argparse.Namespace) -> dict[str, Any]:
@@ -286,7 +282,7 @@ def reached(
 def result(
     asked: argparse.Namespace, packed: Packed, begin: float, drafter: Trained, target: Target
 ) -> dict[str, Any]:
-    seconds, most = time.perf_counter() - begin, peak()
+    seconds, most = time.perf_counter() - begin, peak_memory()
     positions = asked.steps * asked.batch * packed.length
     return {
         "tokens_per_second": positions / seconds,

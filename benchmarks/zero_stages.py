@@ -12,7 +12,6 @@ gives for weights, gradients, masters and moments alone: activations and buffers
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from decoding.target import Shape
 from drafters.base import Batch, write_json
 from drafters.lm import LM
 from train.engine import Engine, join
+from train.machine import peak_memory
 from train.objectives import CE
 
 WARM = 2
@@ -71,11 +71,11 @@ def work(asked: argparse.Namespace, stage: int) -> None:
     _, world = join()
     tiny = {"layers": 1, "width": 64, "vocabulary": 64, "rows": world * asked.accumulation}
     train(argparse.Namespace(**vars(asked) | tiny), stage, world)  # what is imported on the way
-    before, here = peak(), Ranks.here()
+    before, here = peak_memory(), Ranks.here()
     seconds, loss, count = train(asked, stage, world)
     said = {
         "tokens_per_second": asked.steps * asked.rows * asked.length / max(here.every(seconds)),
-        "peak_mib": max(here.every(peak() - before)),
+        "peak_mib": max(here.every(peak_memory() - before)),
         "states_mib": states(stage, world, asked.dtype) * count / 2**20,
         "parameters": count,
         "loss": loss,
@@ -126,13 +126,6 @@ def shape(asked: argparse.Namespace) -> Shape:
         num_key_value_heads=asked.width // 64,
     )  # fmt: skip
     return Shape.of(config)
-
-
-def peak() -> float:
-    """MiB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -112,12 +112,13 @@ class TargetOut:
 class Target(nn.Module):
     """A frozen decoder-only model. Nothing here is ever trained, saved or given to an optimiser."""
 
+    graphs: Graphs | None = None  # set: scoring passes have fixed shapes and are replayed
+
     def __init__(self, model: Any, name: str = "target") -> None:
         super().__init__()
         refuse_what_cannot_be_cropped(model, name)
         self.model = model.eval().requires_grad_(False)
         self.name = name
-        self.graphs: Graphs | None = None  # set: scoring passes have fixed shapes and are replayed
         self.revision: str | None = None  # of the Hub, or a hash of the files it was loaded from
         self.shape = Shape.of(model.config)
         config = model.config.get_text_config()

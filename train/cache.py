@@ -142,7 +142,9 @@ class CacheStates:
         ranks.barrier()
         mine = [job for n, job in enumerate(todo) if ranks.has(n)]
         model = self.target.load(target) if mine else None
-        with tqdm(total=sum(j.rows for j in mine), unit="row", disable=not ranks.first) as bar:
+        with tqdm(
+            total=sum(j.rows for j in mine), unit="row", desc="cache", disable=not ranks.first
+        ) as bar:
             for job in mine:
                 assert model is not None
                 tensors = self._states(model, kept, folder / "packed", job, bar)

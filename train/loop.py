@@ -3,7 +3,6 @@
 Shapes: B batch, T tokens.
 """
 
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from eval.controls import Failed
 from train import resume
 from train.engine import Engine, join, sum_over_ranks
 from train.guard import STOP, Guard, Preempted, Told, naming_memory, poisoned, require_labels
+from train.machine import peak_memory
 from train.resume import Best, Position
 from train.schedule import AdamW, Schedule
 from train.track import Tracker
@@ -254,13 +254,6 @@ class Loop:
             desc="train",
             disable=self.rank != 0,
         )
-
-
-def peak_memory() -> float:
-    """The most this process has held, MiB: on its GPU, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _to_device(batch: Batch, engine: Engine) -> Batch:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import resource
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,18 @@ def memory_free(root: Path = Path("/")) -> int:
     meminfo = (root / "proc/meminfo").read_text(encoding="ascii")
     (line,) = [text for text in meminfo.splitlines() if text.startswith("MemAvailable:")]
     return min([int(line.split()[1]) * 1024, *_limits(root)])
+
+
+def peak_memory() -> float:
+    """The most that this process has held, MiB: on its GPU, else resident. (`ru_maxrss` is at
+    least what its parent held when it was started.)"""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    (line,) = [t for t in status.read_text(encoding="ascii").splitlines() if t.startswith("VmHWM:")]
+    return int(line.split()[1]) / 1024
 
 
 def _limits(root: Path) -> Iterable[int]:

@@ -147,7 +147,7 @@ def test_a_search_that_was_stopped_goes_on(place, tmp_path):
 def test_a_real_search_ends_in_a_drafter(place, tmp_path):
     """Measured on this machine, whatever it is worth there."""
     metrics = stage(place, trials=5, prompts=2, repeats=1).run(tmp_path, data=place / "data")
-    assert 0 < metrics["alpha"] <= 1
+    assert 0 <= metrics["alpha"] <= 1
     assert 1 <= metrics["tau"] <= 9
     assert min(metrics["speedup"], metrics["cost"]) > 0
     note = json.loads((tmp_path / "artifact" / "layers.json").read_text())

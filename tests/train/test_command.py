@@ -148,7 +148,8 @@ def test_a_plan_shows_everything_and_starts_nothing(tmp_path: Path, capsys, monk
     shown = capsys.readouterr().out
     for stage in ("target", "pretrain", "generate", "finetune", "bench", "publish"):
         assert f"  {stage}: to do, {tmp_path}/out/stages/{stage}-" in shown
-    for said in ("parameters", "tokens", "steps", "of memory a rank", "of disk", "roughly"):
+    said_of_stages = ("parameters", "tokens", "steps", "of memory a rank", "of disk", "minutes")
+    for said in (*said_of_stages, "as long as answers are"):
         assert said in shown
     assert list(tmp_path.iterdir()) == []
 
