@@ -20,12 +20,13 @@ class Pulse:
     doing: str | None = None
     since: float = 0.0  # when it began, time.monotonic()
     longest: dict[str, float] = field(default_factory=dict)  # seconds, by kind of piece
+    least: dict[str, float] = field(default_factory=dict)  # what a kind is given in any case
 
     def limit(self, doing: str, hang_seconds: float) -> float:
         """Seconds that a piece of this kind may take before it counts as hung."""
         if doing not in self.longest:
             return max(FIRST, hang_seconds)
-        return max(hang_seconds, SLOWER * self.longest[doing])
+        return max(hang_seconds, SLOWER * self.longest[doing], self.least.get(doing, 0.0))
 
     def begin(self, doing: str) -> None:
         self.since, self.doing = time.monotonic(), doing
@@ -51,8 +52,10 @@ def item(doing: str) -> Iterator[None]:
         PULSE.end()
 
 
-def paced(items: Iterable[T], doing: str) -> Iterator[T]:
-    """The same items; fetching each, and what is done with it, is a piece of work."""
+def paced(items: Iterable[T], doing: str, least: float = 0.0) -> Iterator[T]:
+    """The same items; fetching each, and what is done with it, is a piece of work, which may take
+    `least` seconds however quick those before it were."""
+    PULSE.least[doing] = least
     try:
         PULSE.begin(doing)
         for each in items:

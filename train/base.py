@@ -3,6 +3,7 @@
 It exists so that the whole pipeline runs where no model can be downloaded.
 """
 
+import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -63,7 +64,9 @@ class BaseTarget:
         """Trains tokenizer and model, and saves both to artifact/."""
         rank, _ = join()
         if rank == 0 and not (out / "tokenizer").is_dir():
-            self.make_tokenizer().save_pretrained(out / "tokenizer")
+            shutil.rmtree(out / "tokenizer.part", ignore_errors=True)
+            self.make_tokenizer().save_pretrained(out / "tokenizer.part")
+            (out / "tokenizer.part").rename(out / "tokenizer")
         barrier()
         tokenizer = _load(out / "tokenizer")
         rows, name = rows_of(self.data, None)

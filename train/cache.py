@@ -26,8 +26,8 @@ from decoding.target import Shape, Target
 from drafters.base import Blueprint, Trained
 from drafters.files import digests, flush, write_json
 from train import recorded
+from train.machine import gib
 from train.packing import pack_into, rows_of
-from train.placement import gib
 from train.recorded import Kept
 
 SPARE = 2**30  # bytes of disk that a cache leaves free

@@ -22,7 +22,7 @@ from torch import Tensor
 from decoding.loop import Answer, decode
 from decoding.pulse import item
 from decoding.sampling import Sampling
-from decoding.sharded import Parted
+from decoding.sharded import Parted, agreed
 from decoding.target import Target
 from drafters.base import Batch, Metrics, Prediction, Trained, write_json
 from train.engine import ranks, sum_over_ranks
@@ -93,8 +93,8 @@ class Decoded:
                     rounds = rounds_of(len(answer.ids), answer.accepted, right, chain)
                     found = counted(rounds)
                     sums = {key: sums[key] + found[key] for key in SUMS}
-        if not together:
-            sums = sum_over_ranks(sums)  # every rank must come to the same decision
+        # every rank must come to the same decision
+        sums = agreed(self.target, sums) if together else sum_over_ranks(sums)
         taus = {
             "validation_tau": sums["tokens"] / sums["rounds"],
             "validation_expected_tau": sums["expected"] / sums["rounds"],
@@ -238,7 +238,10 @@ def _causes(first: float, due: float) -> str:
 
 def last_quarter(metrics: Path, steps: int) -> float | None:
     """What the last quarter of the steps added to validation_tau, as a share; None if unknown."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):  # telemetry that was lost ends no training
+        return None
     tau = {line["step"]: line["validation_tau"] for line in lines if "validation_tau" in line}
     before = [step for step in tau if step <= 0.8 * steps]
     if not before or steps not in tau:

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from data.pack import Packed
 from decoding.ranks import Ranks
-from drafters.base import Batch
 from drafters.heads import ahead
 from eval.controls import Failed
 from train.engine import Engine, sum_over_ranks
+from train.watch import ECHO
 
 SKIPPED = 3  # steps in a row that may have a gradient that is not finite
 WINDOW = 100  # steps in which some weight must have moved
-ECHO = 1.0  # seconds; a launcher passes on a signal that its whole group was sent
 NAMED = 5  # of what a sentence lists
 
 
@@ -85,14 +84,11 @@ class Guard:
     """Watches the steps of one start of a run. Every rank asks it at the same places, and all of
     them come to the same answer."""
 
-    def __init__(self, engine: Engine, ranks: Ranks, steps: int) -> None:
-        """steps: how many there are to come."""
+    def __init__(self, engine: Engine, ranks: Ranks, applied: int, steps: int) -> None:
+        """applied: how many steps have moved the weights; steps: how many are to come."""
         self.engine, self.ranks = engine, ranks
-        self.window = min(WINDOW, steps)
-        self.passed, self.learnt = (
-            0,
-            False,
-        )  # in this window: steps, and whether one of them taught
+        self.window = WINDOW if applied else min(WINDOW, steps)
+        self.passed, self.learnt = 0, False  # in this window: steps, and whether one taught
         self.begun = False
         self.reached: set[str] = set()
         self.hooks = [p.register_hook(self._reaches(name)) for name, p in engine.trained]
@@ -209,7 +205,7 @@ def require_labels(sums: dict[str, float], data: Packed) -> None:
 
 
 @contextmanager
-def naming_memory(step: int, batch: Batch) -> Iterator[None]:
+def naming_memory(step: int, rows: int, length: int) -> Iterator[None]:
     """Where memory runs out within it, raises MemoryError with a sentence. It ends all ranks: one
     that went on with a smaller micro-batch would have another number of passes than the others."""
     try:
@@ -222,11 +218,10 @@ def naming_memory(step: int, batch: Batch) -> Iterator[None]:
             raise
         asked = re.search(r"[Tt]r(?:ied|ying) to allocate ([\d.]+ ?\w+)", said)
         wanted = f" when {asked[1]} more were wanted" if asked else ""
-        B, T = batch.ids_BT.shape
-        smaller = "schedule.micro_batch (the global batch stays as it is)" if B > 1 else ""
+        smaller = "schedule.micro_batch (the global batch stays as it is)" if rows > 1 else ""
         raise MemoryError(
-            f"memory ran out in step {step}, in a micro-batch of {B} sequences of {T:,} tokens"
-            f"{wanted}; lower {smaller or 'schedule.sequence_length'}"
+            f"memory ran out in step {step}, in a micro-batch of {rows} sequences of {length:,} "
+            f"tokens{wanted}; lower {smaller or 'schedule.sequence_length'}"
             f"{' or schedule.sequence_length' if smaller else ''}, and the same command goes on"
         ) from error
 

@@ -145,7 +145,7 @@ class Job:
         note = self._left()
         if code and note:
             return int(note["code"])
-        if code and self.heard:  # a launcher that is stopped has a code of its own
+        if self.heard:  # also where the stage was done by then: no other begins
             return 130 if self.heard[0] == signal.SIGINT else 143
         if code:
             print(

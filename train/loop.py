@@ -76,7 +76,8 @@ class Loop:
         done = (self.schedule.steps - first) * self.schedule.batch_tokens
         speed = {"tokens_per_second": done / self.training} if done else {}
         spent = max(1e-9, self.validating + self.training)
-        speed |= {"validation_share": self.validating / spent, "peak_memory_mib": peak_memory()}
+        speed |= {"validation_share": self.validating / spent} if done else {}
+        speed |= {"peak_memory_mib": peak_memory()}
         counts = {"steps": self.at.step, "skipped_steps": self.at.step - self.at.applied}
         return counts | speed | found | best.give(engine)
 
@@ -92,7 +93,7 @@ class Loop:
             found = self._validate(engine, step_fn, look, best)
             if self.rank == 0:
                 self.blamed.unlink(missing_ok=True)
-        self.guard = Guard(engine, self.ranks, plan.steps - at.step)
+        self.guard = Guard(engine, self.ranks, at.applied, plan.steps - at.step)
         with self._bar() as bar:
             while at.step < plan.steps:
                 begin = time.perf_counter()
@@ -140,10 +141,10 @@ class Loop:
         for start in starts:
             STOP.check()
             share = rows[start : start + micro]
-            batch = _to_device(self.train.batch(share), engine)
             # what a pass draws depends on its place in the run alone: there is no state to save
             torch.manual_seed(self.schedule.seed * 2**40 + step * len(rows) + start)
-            with naming_memory(step + 1, batch), item("a training pass"):
+            with item("a training pass"), naming_memory(step + 1, len(share), self.train.length):
+                batch = _to_device(self.train.batch(share), engine)
                 loss, metrics = step_fn(engine, batch)
                 engine.backward(poisoned(loss, len(starts) * self.world / supervised))
                 moved = engine.step(rate)

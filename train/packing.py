@@ -12,11 +12,13 @@ from data.generate import read
 from data.language import Gated
 from data.rows import Row, Sample
 from data.sources import Source, heldout, prompt_of
+from data.storage import STALL, TRIES
 from decoding.pulse import paced
 from train.decoded import keep_prompts
 from train.schedule import Schedule
 
 VALIDATION_SEQUENCES = 16
+PATIENCE = TRIES * STALL + 60  # seconds that storage may take for a row, which it tries again
 
 
 def rows_of(source: Source | None, generated: Path | None) -> tuple[Iterable[Row | Sample], str]:
@@ -56,11 +58,15 @@ def pack_into(
     returns what it found, or nothing where it is done."""
     folder = out / "packed"
     if (folder / "train" / "packed.json").is_file():
-        return ""
+        try:
+            pack.Packed(folder / "train")
+            return ""
+        except ValueError as why:
+            print(f"{why}; it is packed again", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     part = out / "packed.part"
     shutil.rmtree(part, ignore_errors=True)
-    bar = tqdm(paced(rows, "a row to pack"), unit="row", desc="tokenise and pack")
+    bar = tqdm(paced(rows, "a row to pack", PATIENCE), unit="row", desc="tokenise and pack")
     kept: list[Row | Sample] = []
     train = pack.write(part / "train", documents(_aside(bar, kept), False), length, most)
     bar.close()

@@ -15,6 +15,7 @@ from decoding.ranks import Ranks
 from decoding.sharded import Parted
 from decoding.target import Shape, Target
 from eval.controls import Failed
+from train.machine import gib
 from train.recorded import Kept
 
 CHUNK = 2**22  # elements that are hashed at once
@@ -76,11 +77,6 @@ def _ranks(count: int) -> str:
     return f"{count} ranks" if count > 1 else "1 rank"
 
 
-def gib(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
 @torch.no_grad()
 def checksum(target: Target) -> str:
     """16 hex digits over all weights that the ranks hold of a target: the same on all of them, and
@@ -120,6 +116,8 @@ def _sum(values: Tensor) -> int:
     summation gives the same. (Integers of 32 bits: of 64, the highest bit would be lost in every
     even number of changes.)"""
     flat = values.contiguous().flatten()
+    if not flat.numel():  # more ranks than there is to divide
+        return 0
     bits = flat.view(torch.int32 if flat.nbytes % 4 == 0 else torch.uint8)
     place = torch.arange(1, 2 * min(CHUNK, len(bits)), 2, device=bits.device)
     total = 0

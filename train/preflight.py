@@ -20,10 +20,9 @@ from train import versions
 from train.compose import build, classes
 from train.estimate import estimate, shape_of_target
 from train.launch import Launch
-from train.machine import memory_free, neighbours
+from train.machine import gib, memory_free, neighbours
 from train.passes import Estimate
 from train.plan import Planned
-from train.scale import gib
 from train.track import Wandb
 
 SMALL = 64 * 2**20  # bytes of logs, tokenizers and reports that nobody counts

@@ -18,12 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 from decoding.sharded import agreed
 from decoding.target import Shape, Target
-from drafters.base import Batch, Metrics
-from train.machine import device, memory_free, neighbours, now
-from train.scale import gib, held
+from drafters.base import Batch
+from train.loop import Step
+from train.machine import device, gib, memory_free, neighbours, now
+from train.scale import held
 from train.schedule import Schedule
 
-Step = Callable[[Any, Batch], tuple[Tensor, Metrics]]
 SAVED = 12  # bytes a trained parameter of a checkpoint that a CPU gathers to write it
 PASSES, ENOUGH = 3, 1.0  # timed passes at most, and seconds after which they are enough
 
@@ -76,12 +76,13 @@ class Live(TorchDispatchMode):
 
 
 def measure(
-    module: nn.Module, step: Step, batch: Batch, dtype: str, frozen: Any = None
+    module: nn.Module, step: Step, batch: Batch, dtype: str, frozen: Any = None, sharers: int = 1
 ) -> Measured:
     """A few steps of `module` on `batch` in `dtype`, without a trace: weights, gradients and random
     states are afterwards as they were. The first is weighed, the others timed.
 
-    `frozen`: the target that `step` reads, whose weights are not of the step.
+    `frozen`: the target that `step` reads, whose weights are not of the step; sharers: ranks that
+    divide the optimiser's work (ZeRO 1 and above).
     """
     mine = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with _borrowed(module, dtype), torch.random.fork_rng(devices=mine):
@@ -94,7 +95,7 @@ def measure(
             _once(module, step, batch)
             times.append(now() - begin)
             _forget(module)
-        update = _update([p for p in module.parameters() if p.requires_grad])
+        update = _update([p for p in module.parameters() if p.requires_grad], sharers)
         return Measured(peak, median(times), update)
 
 
@@ -111,7 +112,8 @@ def probe(
         state += SAVED * trained
     require(state, 0, free, here, schedule)
     try:
-        found = measure(module, step, batch, schedule.dtype, frozen)
+        sharers = ranks if schedule.zero_stage else 1
+        found = measure(module, step, batch, schedule.dtype, frozen, sharers)
     except torch.OutOfMemoryError:
         found = Measured(free + 1, 0.0, 0.0)  # or more
     require(state, found.peak, free, here, schedule)
@@ -190,15 +192,20 @@ def round_seconds(shape: Shape, rows: int, tokens: int = 1) -> float:
 def _borrowed(module: nn.Module, dtype: str) -> Any:
     """The module as an engine would have it: on the device, its parameters in `dtype`."""
     training, before = module.training, [(p, p.data) for p in module.parameters()]
+    fixed = [(buffer, buffer.data) for buffer in module.buffers()]
     try:
         module.train()
         for parameter, data in before:
             parameter.data = data.to(device(), getattr(torch, dtype))
+        for buffer, data in fixed:
+            buffer.data = data.to(device())
         yield
     finally:
         module.train(training)
         for parameter, data in before:
             parameter.data, parameter.grad = data, None
+        for buffer, data in fixed:
+            buffer.data = data
 
 
 def _once(module: nn.Module, step: Step, batch: Batch) -> None:
@@ -217,9 +224,10 @@ def _weigh(work: Callable[[], None], known: list[Tensor]) -> int:
     return live.most
 
 
-def _update(trained: list[nn.Parameter]) -> float:
-    """Seconds of AdamW on parameters of these sizes."""
-    copies = [nn.Parameter(torch.zeros_like(p, dtype=torch.float32)) for p in trained]
+def _update(trained: list[nn.Parameter], sharers: int) -> float:
+    """Seconds of AdamW on a rank's part of parameters of these sizes."""
+    sizes = [-(-p.numel() // sharers) for p in trained]
+    copies = [nn.Parameter(torch.zeros(n, device=device())) for n in sizes]
     for copy in copies:
         copy.grad = torch.zeros_like(copy)
     adamw = torch.optim.AdamW(copies, lr=0.0)

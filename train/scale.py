@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from decoding.target import Shape
+from train.machine import gib
 from train.placement import placement
 from train.recorded import Kept
 
@@ -219,14 +220,6 @@ def stages_table(work: Work, counts: tuple[int, ...], gpu: Hardware) -> list[str
                 f"{gib(moved)} | {1000 * moved / speed:,.1f} ms |"
             )
     return lines
-
-
-def gib(size: float) -> str:
-    """Bytes for a reader."""
-    for unit, scale in (("TiB", 2**40), ("GiB", 2**30)):
-        if size >= scale:
-            return f"{size / scale:,.1f} {unit}"
-    return f"{size / 2**20:,.0f} MiB"
 
 
 COUNTS = (8, 64, 512)  # GPUs of the tables

@@ -8,10 +8,11 @@ from train.compose import bind, build
 from train.distill import Distill
 from train.estimate import drafter_parameters, estimate, learner_of, shape_of_target
 from train.launch import Launch
+from train.machine import gib
 from train.passes import Estimate
 from train.plan import Planned, changes
 from train.preflight import findings
-from train.scale import cache_bytes, gib, stages_table, table
+from train.scale import cache_bytes, stages_table, table
 
 
 def show(name: str, config: dict[str, Any], stages: list[Planned], root: Path) -> None:

@@ -29,6 +29,7 @@ ENVIRONMENT, STOPPED = 4, (130, 143)
 TURN = 2.0  # seconds
 HANG_SECONDS = 40.0  # unless the launch says otherwise
 SILENT = 40.0  # seconds without a sign after which a rank counts as dead
+ECHO = 1.0  # seconds; a launcher passes on a signal that its whole group was sent
 LEAVE, SAVE = 5.0, 30.0  # seconds in which a rank may end by itself: after a fault, after a stop
 NAMED = 3  # ranks in a sentence
 FAILED = "failed.json"

@@ -30,10 +30,9 @@ from train.guard import Preempted
 from train.lock import Lock
 from train.seal import seal
 from train.versions import installed, untested
-from train.watch import FAILED, HANG_SECONDS, Watch
+from train.watch import ECHO, FAILED, HANG_SECONDS, Watch
 
 BUG, BAD_INPUT, CHECK_FAILED, ENVIRONMENT, STOPPED, PREEMPTED = 1, 2, 3, 4, 130, 143
-ECHO = 1.0  # seconds; a launcher passes on a signal that its whole group was sent
 ASK = 20.0  # seconds; torchrun and deepspeed kill what has not ended after thirty
 HEARD: list[float] = []  # when this process was signalled first
 LOST = ("gloo", "nccl", "connection", "peer", "socket", "store", "another rank")  # what torch says
@@ -96,6 +95,8 @@ def _guarded(folder: Path, watch: Watch) -> int:
                     redirect_stdout(nowhere),
                 ):
                     _run(folder)
+            if watch.world > 1:  # all went well on each
+                torch.distributed.barrier()
         finally:
             if lock:
                 lock.free()
@@ -250,11 +251,9 @@ def environment(world: int = 1) -> dict[str, Any]:
 
 
 def _leave(code: int, watch: Watch) -> None:
-    """Ends this rank: after a barrier if all went well, and without the interpreter's own exit,
-    in which gloo's threads abort about one two-process job in ten."""
+    """Ends this rank without the interpreter's own exit, in which gloo's threads abort about one
+    two-process job in ten."""
     joined = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if joined and code == 0 and torch.distributed.get_world_size() > 1:
-        torch.distributed.barrier()
     watch.end()
     if joined or watch.world > 1:
         sys.stdout.flush()
