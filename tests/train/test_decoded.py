@@ -490,6 +490,9 @@ def test_the_last_quarter(tmp_path: Path):
     assert gain((50, 1.0), (74, 2.0), (88, 2.4), (100, 2.1)) == pytest.approx(0.05)
     assert gain((100, 2.1)) is None
     assert gain() is None
+    file.write_text('{"step": 1, "lo')  # cut off by a loss of power
+    assert last_quarter(file, 100) is None
+    assert last_quarter(tmp_path / "nowhere.jsonl", 100) is None
 
 
 def test_who_still_learns_is_told_so():

@@ -268,6 +268,12 @@ def test_the_code_of_the_first_failure_counts_and_an_old_note_does_not(tmp_path:
         assert job([sys.executable, "-c", "raise SystemExit(1)"], tmp_path).run() == code
 
 
+def test_a_stop_that_comes_when_the_stage_is_done_begins_no_other(tmp_path: Path):
+    one = job([sys.executable, "-c", ""], tmp_path)
+    one.heard.append(signal.SIGTERM)
+    assert one.run() == 143
+
+
 def test_a_launcher_that_cannot_start_leaves_no_handler(tmp_path: Path):
     known = signal.getsignal(signal.SIGTERM)
     with pytest.raises(OSError, match="no-such-launcher"):

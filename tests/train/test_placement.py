@@ -264,6 +264,9 @@ def test_any_change_of_a_weight_changes_the_checksum(dtype: torch.dtype, monkeyp
         seen.add(checksum(target))
         weight.copy_(before)
     assert len(seen) == 5
+    layer = target.model.model.layers[0].mlp.up_proj
+    layer.weight.data = weight.new_empty(0)  # a rank that has no part of it
+    assert checksum(target) not in seen
     assert checksum(target) == first
 
 

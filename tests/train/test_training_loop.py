@@ -276,6 +276,14 @@ def test_a_run_of_skipped_steps_alone_is_no_run(tmp_path: Path):
     assert saved_steps(tmp_path) == []
 
 
+def test_a_skipped_step_that_is_all_that_is_left_ends_no_run(tmp_path: Path):
+    """As it would not have ended the run that nobody stopped."""
+    with pytest.raises(loop.Preempted):
+        trained(tmp_path, "lm", told_at(5), tokens=3 * 64)
+    found = trained(tmp_path, "lm", times({1: NAN, 2: NAN}), tokens=3 * 64)
+    assert (found["steps"], found["skipped_steps"]) == (3, 1)
+
+
 def test_numbers_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch):
     real = loop.Engine.state
 

@@ -182,6 +182,8 @@ def test_a_piece_may_take_as_long_as_those_before_let_expect(monkeypatch):
         own.end()
         assert own.limit("step", 40.0) == limit
     assert own.limit("row", 40.0) == pulse.FIRST
+    own.longest["row"], own.least["row"] = 0.1, 540.0
+    assert own.limit("row", 40.0) == 540.0, "storage may be asked again first"
 
 
 def test_paced_items_are_pieces_of_work_and_their_end_is_none(monkeypatch):
