@@ -47,7 +47,8 @@ def refuse(value: Any, place: str) -> None:
 def refuse_word(word: str) -> None:
     """Raises ValueError, without the value, for a word of a command line that gives a secret."""
     key, _, value = word.partition("=")
-    if LOOKS.search(word) or (value and KEYS.fullmatch(key.rpartition(".")[2].lstrip("+~"))):
+    named = KEYS.fullmatch(key.rpartition(".")[2].lstrip("+~"))
+    if LOOKS.search(word) or (named and value and not value.isdecimal()):
         raise ValueError(sentence(redacted(key)))
 
 

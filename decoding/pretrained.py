@@ -33,6 +33,8 @@ class Pretrained:
     `graphs`: its scoring passes are replayed as CUDA graphs (bench and tune_tree set it).
     """
 
+    free = frozenset({"parallel"})  # where it is; but a measurement depends on that (train/plan.py)
+
     path: str | None = None
     revision: str | None = None
     dtype: str = "bfloat16"

@@ -166,6 +166,9 @@ def _task(config: DictConfig) -> float | None:
         _stop(_one_line(error))
     assert isinstance(plain, dict)
     settings = {str(key): value for key, value in plain.items()}
+    for switch in ("plan", "view", "advise"):
+        if not isinstance(settings[switch], bool):
+            _stop(f"{switch} is {settings[switch]!r}; it must be true or false")
     from hydra.core.hydra_config import HydraConfig
 
     here = HydraConfig.get()

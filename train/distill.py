@@ -129,7 +129,7 @@ class Distill:
         barrier()
         shape = self.target.shape_of(target)
         module = self._drafter(shape)
-        whole = self._target(module, shape, target, cache)
+        whole = self._target(out, module, shape, target, cache)
         self._begin(out, module, shape, whole, target)
         self._start_from(drafter, module, tokenizer)
         if drafter or self.init or self.drafter.arguments.get("checkpoint"):
@@ -158,7 +158,7 @@ class Distill:
         return metrics
 
     def _target(
-        self, module: Trained, shape: Shape, folder: Path | None, cache: Path | None
+        self, out: Path, module: Trained, shape: Shape, folder: Path | None, cache: Path | None
     ) -> Target | None:
         """What training asks for the target's states: itself, its cache, or nothing."""
         if not self.reads_target:
@@ -166,7 +166,8 @@ class Distill:
         kind = "cache" if cache else self.target.parallel
         ranks = Ranks.here()
         plan, dtype = self.schedule, self.target.dtype
-        count = plan.steps * plan.batch_tokens
+        packed = pack.Packed(out / "packed" / "train")
+        count = len(packed) * packed.length
         reads = Kept(shape.hidden_size, module.taps, "states", 0, "float16", module.needs_target)
         where = placement(shape, dtype=dtype, ranks=ranks.world, positions=count, kept=reads)
         print(*where.lines(kind, dtype), sep="\n", flush=True)

@@ -74,6 +74,7 @@ def fingerprint(config: dict[str, Any], inputs: dict[str, str]) -> str:
             files[json.dumps(_kept(body), sort_keys=True)] = build(body).fingerprint()
         if getattr(cls, "on_device", False):
             sources["device"] = device()
+            sources["parallel"] = str((config.get("target") or {}).get("parallel"))
     whole = {"config": _kept(config), "inputs": inputs, "sources": sources, "files": files}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]
 

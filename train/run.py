@@ -61,6 +61,7 @@ def _run_recipe(name: str, config: dict[str, Any], crew: Crew | None) -> tuple[i
             return 0, None
         launch.check(sys.argv[1:])
         _writable(root)
+        print(f"{name}: looking at disk, memory and what is needed later", flush=True)
         checked = preflight(config, stages, launch, root)
         print(*versions.shown(), *checked, sep="\n", flush=True)
         if crew:
@@ -157,7 +158,7 @@ def _summary(name: str, stages: list[Planned]) -> float | None:
     drafters = [s for s in stages if s.config["_target_"] == "train.distill.Distill"]
     if drafters:
         print(f"  drafter: {_shown(drafters[-1].folder / 'artifact')}")
-    print(f"  next: .venv/bin/python -m train recipe={name} view=true   (what it was trained on)")
+    print("  next: the same command with view=true shows what it was trained on")
     return speedup
 
 

@@ -12,6 +12,7 @@ from train.plan import Planned
 
 DONE = "DONE"
 NOTES = ("stage.json", "result.json")
+CACHE = "train.cache.CacheStates"
 
 
 def seal(stage: Path) -> None:
@@ -34,13 +35,15 @@ def broken(stage: Path, whole: bool = True) -> str | None:
 
 
 def reopen(stages: list[Planned]) -> None:
-    """Has each finished stage whose files are damaged run again, and says so: artifacts that a
-    stage still to be run will read are hashed whole. Backwards, since that makes one to be run."""
+    """Has each finished stage whose files are damaged run again, and says so. A cache, which may be
+    terabytes, is hashed whole only where a stage still to be run will read it. Backwards, since
+    damage makes a stage one to be run."""
     for stage in reversed(stages):
         read = any(
             stage.folder / "artifact" in other.inputs.values() for other in stages if not other.done
         )
-        why = broken(stage.folder, whole=read) if stage.done else None
+        whole = read or stage.config["_target_"] != CACHE
+        why = broken(stage.folder, whole) if stage.done else None
         if why:
             print(f"{stage.name}: {why}; what is damaged is made again", flush=True)
             (stage.folder / DONE).unlink()

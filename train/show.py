@@ -38,7 +38,7 @@ def show(name: str, config: dict[str, Any], stages: list[Planned], root: Path) -
         print(f"    {_sentence(found[stage.name])}")
         for line in [] if stage.done else changes(stage):
             print(f"    {line}")
-    print(f"\nin all: {_total(list(found.values()))}")
+    print(f"\nto do: {_total([found[stage.name] for stage in stages if not stage.done])}")
     if hardware and shape:
         print(*elsewhere(hardware, stages, shape, launch.world), sep="\n")
     else:

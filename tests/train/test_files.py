@@ -26,7 +26,7 @@ from drafters.medusa import Medusa
 from tests.tiny import write_target, write_texts
 from tests.train import cuts
 from train.plan import Planned
-from train.seal import broken, reopen, seal
+from train.seal import CACHE, broken, reopen, seal
 
 MARKER = "a pickle was run"
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
@@ -308,7 +308,7 @@ def stages(root: Path) -> list[Planned]:
         write_json(folder / "stage.json", {"name": name})
         write_json(folder / "result.json", {"tau": 2.5})
         seal(folder)
-        made.append(Planned(name, {}, {}, "0", folder, inputs))
+        made.append(Planned(name, {"_target_": "a.Stage"}, {}, "0", folder, inputs))
     return made
 
 
@@ -338,16 +338,18 @@ def test_a_missing_file_and_one_that_was_never_there(tmp_path: Path):
     assert broken(first.folder) == "artifact/tree.json is missing"
 
 
-def test_what_no_stage_will_read_is_not_hashed_again(tmp_path: Path):
-    """Nothing is to do: only what the command itself reads is looked at."""
+def test_all_is_hashed_again_but_a_cache_that_no_stage_will_read(tmp_path: Path):
     made = stages(tmp_path)
-    for stage in made:
-        harm(stage.folder / SEALED[0], "flipped")
+    made[2].config["_target_"] = CACHE
+    harm(made[2].folder / SEALED[0], "flipped")
     reopen(made)
-    assert all(stage.done for stage in made)
+    assert all(stage.done for stage in made), "terabytes are not read for nothing"
     harm(made[2].folder / "result.json", "truncated")
     reopen(made)
-    assert [s.done for s in made] == [False, False, False], "each is read by one to be run"
+    assert not made[2].done, "its own notes are always looked at"
+    harm(made[1].folder / SEALED[0], "flipped")
+    reopen(made)
+    assert not made[1].done
 
 
 def test_a_loss_of_power_never_leaves_a_seal_on_less(tmp_path: Path):

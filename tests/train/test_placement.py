@@ -266,7 +266,9 @@ def test_any_change_of_a_weight_changes_the_checksum(dtype: torch.dtype, monkeyp
     assert len(seen) == 5
     layer = target.model.model.layers[0].mlp.up_proj
     layer.weight.data = weight.new_empty(0)  # a rank that has no part of it
-    assert checksum(target) not in seen
+    seen.add(checksum(target))
+    layer.weight.data = weight
+    assert len(seen) == 6
     assert checksum(target) == first
 
 
