@@ -8,8 +8,9 @@ export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo c
 quickstart: .venv/ready
 	$(PY) -m train recipe=quickstart
 
+# one thread in each of several processes: several threads in each would wait for each other
 test: .venv/ready
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 # long loops of faults; DRAFTSMITH_SOAK_MINUTES bounds them
 soak: .venv/ready

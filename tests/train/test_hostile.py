@@ -462,6 +462,7 @@ def test_a_word_with_a_secret_is_not_repeated(word, tmp_path, monkeypatch, capsy
     assert "c4nary" not in shown.err + shown.out
 
 
+@pytest.mark.soak
 def test_canaries_are_nowhere_after_a_run_and_after_a_failed_one(place, tmp_path, alone):
     """Standard output and error, and every file of the stage's folder."""
     good = note(tmp_path / "good", distill(place, [str(place / "text.jsonl")]))
