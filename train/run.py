@@ -61,9 +61,8 @@ def _run_recipe(name: str, config: dict[str, Any], crew: Crew | None) -> tuple[i
             return 0, None
         launch.check(sys.argv[1:])
         _writable(root)
-        print(f"{name}: looking at disk, memory and what is needed later", flush=True)
-        checked = preflight(config, stages, launch, root)
-        print(*versions.shown(), *checked, sep="\n", flush=True)
+        print(*versions.shown(), sep="\n", flush=True)
+        print(*preflight(config, stages, launch, root), sep="\n", flush=True)
         if crew:
             crew.begin(config)
         return _run(name, launch, stages, root, crew)
