@@ -2,8 +2,8 @@
 
 A node's mask follows from the committed answer and the node's own path, and p is the target's law
 renormalised over what is allowed there (decoding.md (h), JSONSchemaBench). Drafters that are asked
-level by level get the same masks on q (drafters/trees.py), so that what a grammar forces is always
-drafted right; a draft without masks stays exact, since a forbidden token has p = 0.
+level by level get the same masks on q (drafters/confined.py), so that what a grammar forces is
+always drafted right; of one-hot drafts, whose q is one token, forbidden ones go with all below them.
 
 Shapes: B batch, N drafted nodes, M = N + 1 (root first), W nodes of a row, V vocabulary.
 """
@@ -170,6 +170,29 @@ def allowed_of(scored: Scored, draft: Draft, dice: Dice) -> Scored:
             mine.append((*mine[parent + 1], token))
         paths.append(mine)
     return replace(scored, logits_BMV=allowed(scored.logits_BMV, paths, dice))
+
+
+def pruned(draft: Draft, dice: Dice) -> Draft:
+    """A one-hot draft without the nodes that a constraint forbids, and without what stands below
+    them: their law has nothing else to give. Other laws were masked where they were drawn from."""
+    if not dice.sampling.matchers or draft.law != "one_hot" or not max(draft.size):
+        return draft
+    ids_BN, parents_BN, size = torch.zeros_like(draft.ids_BN), draft.parents_BN.clone(), []
+    rows = zip(draft.ids_BN.tolist(), draft.parents_BN.tolist(), draft.size, strict=True)
+    for b, (ids, parents, most) in enumerate(rows):
+        matcher = dice.sampling.matchers.get(dice.requests[b])
+        kept: dict[int, tuple[int, Path]] = {-1: (-1, ())}  # by old number: the new one, its path
+        for n in range(most):
+            if parents[n] not in kept:
+                continue
+            above, path = kept[parents[n]]
+            mask_V = matcher.allowed(path) if matcher is not None else None
+            if mask_V is None or (ids[n] < len(mask_V) and mask_V[ids[n]]):
+                new = len(kept) - 1
+                kept[n] = new, (*path, ids[n])
+                ids_BN[b, new], parents_BN[b, new] = ids[n], above
+        size.append(len(kept) - 1)
+    return replace(draft, ids_BN=ids_BN, parents_BN=parents_BN, size=size)
 
 
 def advance(dice: Dice, seen: Seen, rows: list[int]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from decoding.cache import Cache
-from decoding.constraint import Constraint, advance, allowed_of, confined
+from decoding.constraint import Constraint, advance, allowed_of, confined, pruned
 from decoding.round import Draft, Scored, Seen, Verdict
 from decoding.sampling import Dice, Sampling
 from decoding.target import Target
@@ -109,12 +109,12 @@ def decode(
     state = drafter.start(target, cache, sampling, requests, max_len) if drafter else None
     while live:
         before = clock.read()
-        draft = drafter.propose(state, seen, target) if drafter else _no_draft(seen)
+        dice = Dice(sampling, requests, seen.length)
+        draft = pruned(drafter.propose(state, seen, target), dice) if drafter else _no_draft(seen)
         drafted = clock.read()
         rows = torch.arange(len(live), device=target.device)
         last = torch.tensor(seen.count, device=target.device) - 1
         scored = target.score(seen.ids_BS[rows, last], draft, cache, taps)
-        dice = Dice(sampling, requests, seen.length)
         verdict = _verify(scored, draft, dice, rule)
         seen = target.keep(draft, scored, verdict, cache)
         done.draft_seconds += drafted - before

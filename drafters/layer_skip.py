@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from decoding.cache import Cache
+from decoding.constraint import allowed
 from decoding.round import Draft, Seen
 from decoding.sampling import Dice, Purpose, Sampling, draw
 from decoding.skim import Skimmer
@@ -119,8 +120,10 @@ class LayerSkip(Drafter):
         state.drafted = [0] * len(rows)
         ids: list[Tensor] = []
         laws: list[Tensor] = []
+        paths: list[tuple[int, ...]] = [()] * len(going)
         while any(going) and len(ids) < self.draft_length:
-            logits_BV = state.skimmer.skim(token_B[:, None], state.cache, after=len(ids))[:, 0]
+            logits_B1V = state.skimmer.skim(token_B[:, None], state.cache, after=len(ids))
+            logits_BV = allowed(logits_B1V, [[path] for path in paths], dice)[:, 0]
             if u_BN is None:
                 law_BV, token_B = logits_BV.float().softmax(-1), logits_BV.argmax(-1)
             else:
@@ -128,6 +131,7 @@ class LayerSkip(Drafter):
                 token_B = draw(law_BV, u_BN[:, len(ids)])
             ids.append(token_B)
             laws.append(law_BV)
+            paths = [(*path, t) for path, t in zip(paths, token_B.tolist(), strict=True)]
             sure = law_BV.gather(1, token_B[:, None])[:, 0].tolist()
             state.drafted = [n + on for n, on in zip(state.drafted, going, strict=True)]
             going = [

@@ -20,13 +20,13 @@ sys.path.append(str(Path(__file__).parents[1] / "drafters"))  # families, made t
 from contract import build
 
 from decoding import loop
-from decoding.constraint import Grammars, allowed_of, confined
+from decoding.constraint import Grammars, allowed_of, confined, pruned
 from decoding.loop import Answer, decode
-from decoding.round import Verdict
+from decoding.round import Draft, Verdict
 from decoding.sampling import Dice, Sampling, draw
 from decoding.target import Target
 from decoding.verify import Block, Chain, Rule
-from drafters import heads, lm
+from drafters import heads, layer_skip, lm
 from drafters.lm import LM
 from drafters.ngram import Ngram
 
@@ -185,25 +185,32 @@ def test_answers_without_a_constraint_are_untouched(target, tokens, answers):
         assert answers(drafter, sampling)[-1].ids == ids_of(due)[0]
 
 
-@pytest.mark.parametrize("name", ["lm", "eagle", "medusa, static", "eagle, dynamic"])
+FORCED = ["lm", "eagle", "medusa, static", "eagle, dynamic", "layer_skip"]
+
+
+@pytest.mark.parametrize("name", FORCED)
 def test_what_is_forced_is_drafted_right(name, target, tokens, grammars, monkeypatch):
     """With the mask on q, too, no draft of a forced answer is wrong; without it hardly one is
     right."""
     constraint = grammars.json(json.dumps({"enum": ["abcdefghijklmnopqrstuvwxyz" * 2]}))
 
-    def taken() -> list[int]:
+    def taken() -> tuple[int, int]:
+        """Tokens drafted and tokens accepted; the last round may reach beyond the limit."""
         out = decode(
             target, made(name, target), [[5, 6]], sampling=Sampling(), max_new_tokens=40,
             end_ids=frozenset({tokens.eos_token_id}), constraints=[constraint],
         )  # fmt: skip
         (answer,) = out.answers
-        pairs = zip(answer.accepted, answer.drafted, strict=True)
-        return [accepted - drafted for accepted, drafted in pairs]
+        return sum(answer.drafted[:-1]), sum(answer.accepted[:-1])
 
-    assert sum(taken()[:-1]) == 0  # the last may reach beyond the limit
+    drafted, accepted = taken()
+    assert drafted == accepted > 26, "26 with the masks of one token instead of the path's"
     monkeypatch.setattr(heads, "confined", lambda growth: growth)
     monkeypatch.setattr(lm, "confined", lambda growth: growth)
-    assert sum(taken()[:-1]) < -20
+    monkeypatch.setattr(layer_skip, "allowed", lambda logits_BMV, *_: logits_BMV)
+    monkeypatch.setattr(loop, "pruned", lambda draft, dice: draft)
+    drafted, accepted = taken()
+    assert accepted < drafted - 20
 
 
 # --- the law, by hand-written grammars over a handful of tokens ----------------------------------
@@ -313,6 +320,23 @@ WAYS: dict[str, Any] = {
     "ngram": lambda toy: (Ngram(longest=2, draft_length=3), None),
     **{kind: lambda toy, tree=tree: (toy_lm(toy, tree=tree), None) for kind, tree in TREES.items()},
 }
+
+
+def test_one_hot_drafts_lose_what_is_forbidden_and_all_below_it():
+    sampling = Sampling(matchers={7: ByHand()})
+    ids = torch.tensor([[2, 1, 0, 0, 2, 2]] * 2)  # forbidden: 1; 2 after 2, and after 2, 0
+    parents = torch.tensor([[-1, -1, 1, 0, 0, 3]] * 2)
+    found = pruned(Draft(ids, parents, [6, 4]), Dice(sampling, [7, 8], [3, 3]))
+    assert found.size == [2, 4], "request 8 may say anything"
+    assert found.ids_BN[0, :2].tolist() == [2, 0]
+    assert found.parents_BN[0, :2].tolist() == [-1, 0]
+    assert (found.ids_BN[1, :4].tolist(), found.parents_BN[1].tolist()) == (
+        [2, 1, 0, 0], [-1, -1, 1, 0, 0, 3],
+    )  # fmt: skip
+    chain = pruned(Draft.chain(torch.tensor([[2, 2, 0]]), [3]), Dice(sampling, [7], [3]))
+    assert (chain.size, chain.is_chain) == ([1], True)
+    sampled = Draft.chain(torch.tensor([[1]]), [1], "iid", torch.ones(1, 1, V) / V)
+    assert pruned(sampled, Dice(sampling, [7], [3])) is sampled, "its law says how it was drawn"
 
 
 @pytest.mark.parametrize("way", WAYS)
