@@ -25,7 +25,7 @@ from drafters.base import Drafter, cast, load, write_json
 from drafters.ngram import Ngram
 from eval.prompts import collect
 from train.compose import ROOT, bind, build, resolvers
-from train.worker import environment
+from train.processes.worker import environment
 
 RESAMPLES = 10_000
 FOLDERS = ("target", "drafter", "trained_on", "packed")

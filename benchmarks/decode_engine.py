@@ -26,7 +26,7 @@ from decoding.target import Target
 from drafters.base import cast, load, write_json
 from eval.prompts import collect
 from train.compose import resolvers
-from train.worker import environment
+from train.processes.worker import environment
 
 Arm = Callable[[list[int]], list[int]]
 

@@ -28,7 +28,7 @@ from eval.cost import Costs, measure
 from eval.prompts import Prompt, collect
 from eval.shapes import Shape, shapes_of
 from train.compose import resolvers
-from train.worker import environment
+from train.processes.worker import environment
 
 CLOSE = 0.1  # of the measured speedup
 

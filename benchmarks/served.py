@@ -26,7 +26,7 @@ from decoding.sampling import Sampling
 from drafters.base import cast, load, write_json
 from eval.prompts import collect
 from train.compose import resolvers
-from train.worker import environment
+from train.processes.worker import environment
 
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",

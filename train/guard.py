@@ -21,7 +21,7 @@ from decoding.ranks import Ranks
 from drafters.heads import ahead
 from eval.controls import Failed
 from train.engine import Engine, sum_over_ranks
-from train.watch import ECHO
+from train.processes.watch import ECHO
 
 SKIPPED = 3  # steps in a row that may have a gradient that is not finite
 WINDOW = 100  # steps in which some weight must have moved

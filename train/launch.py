@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from decoding.ranks import ranks
-from train import slurm
-from train.job import Job
-from train.watch import HANG_SECONDS
+from train.processes import slurm
+from train.processes.job import Job
+from train.processes.watch import HANG_SECONDS
 
 HOST = re.compile(r"(\S+)\s+slots=(\d+)\s*(?:#.*)?")  # a line of DeepSpeed's hostfile
 
@@ -112,7 +112,7 @@ class Launch:
         which all that take part share.
         """
         job = job or f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
-        worker = ["train.worker", str(folder), f"--job={job}"]
+        worker = ["train.processes.worker", str(folder), f"--job={job}"]
         worker.append(f"--hang-seconds={self.hang_seconds:g}")
         alone = not parallel or self.how == "inline"
         self.port = _free_port()
@@ -154,7 +154,7 @@ class Launch:
         if self.how == "slurm":
             head = slurm.step(self.nodes, self.ranks)
             return [*head, sys.executable, "-m", *worker, "--slurm"]
-        head = [sys.executable, "-m", "train.agent", "--standalone"]
+        head = [sys.executable, "-m", "train.processes.agent", "--standalone"]
         return [*head, "--nproc_per_node", each, "-m", *worker]
 
     def _store(self) -> tuple[str, int] | None:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from decoding.pretrained import DTYPES, Pretrained
 from drafters.base import weights, write_json
-from train.worker import environment
+from train.processes.worker import environment
 
 CARRIED = ("report.json", "report.md", "report.html", "report.png", "runs.jsonl")
 

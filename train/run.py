@@ -10,10 +10,10 @@ from typing import Any
 from drafters.base import write_json
 from train import versions
 from train.compose import bind, build
-from train.crew import Crew
 from train.launch import Launch
 from train.plan import Planned, plan
 from train.preflight import preflight
+from train.processes.crew import Crew
 from train.seal import reopen
 
 BAD_INPUT, ENVIRONMENT = 2, 4

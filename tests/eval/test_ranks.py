@@ -24,9 +24,9 @@ from drafters.lm import LM
 from drafters.ngram import Ngram
 from eval.ranks import KEYS, Rows, place_of, read
 from tests.tiny import write_chats, write_target, write_texts
-from train import worker
 from train.compose import bind, build
 from train.launch import Launch
+from train.processes import worker
 
 ROOT = Path(__file__).parents[2]
 PLACES = (ROOT, ROOT / "tests")  # that the program imports from

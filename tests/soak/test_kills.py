@@ -71,11 +71,11 @@ class Run:
         (folder / "stage.json").write_text(json.dumps(note))
 
     def work(self) -> None:
-        """The whole stage, as `python -m train.worker` runs it; never returns."""
+        """The whole stage, as `python -m train.processes.worker` runs it; never returns."""
         log = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        from train.worker import main
+        from train.processes.worker import main
 
         os._exit(main([str(self.folder)]))
 

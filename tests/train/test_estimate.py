@@ -85,7 +85,7 @@ def ran(place: Path) -> tuple[Planned, dict[str, float]]:
     (planned.folder / "stage.json").write_text(json.dumps(note))
     clean = {k: v for k, v in os.environ.items() if k not in LAUNCHED}
     done = subprocess.run(
-        [sys.executable, "-m", "train.worker", str(planned.folder)],
+        [sys.executable, "-m", "train.processes.worker", str(planned.folder)],
         cwd=ROOT,
         env=clean | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,

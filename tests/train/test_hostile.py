@@ -22,9 +22,9 @@ from drafters.base import load
 from drafters.lm import LM
 from tests.tiny import write_chats, write_target, write_texts
 from tests.train.composing import LAUNCHED, ROOT, command
-from train import worker
 from train.compose import build, check_name, inside, refuse_commands
 from train.plan import fingerprint, plan
+from train.processes import worker
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_prompts_without_answers_supervise_nothing_and_are_refused(place, tmp_pa
 
 STARTS = """
 import os, sys
-from train import worker
+from train.processes import worker
 import data.generate, decoding.loop, transformers
 for folder, count in zip(sys.argv[1::2], map(int, sys.argv[2::2])):
     go_read, go_write = os.pipe()
@@ -472,7 +472,7 @@ def test_canaries_are_nowhere_after_a_run_and_after_a_failed_one(place, tmp_path
     told["config"]["data"] = remote
     (bad / "stage.json").write_text(json.dumps(told))
     script = (
-        "import os, sys\nfrom data import hub, secrets\nfrom train import worker\n"
+        "import os, sys\nfrom data import hub, secrets\nfrom train.processes import worker\n"
         "secrets.guard()\nhub.PAUSE = 0.0\ncodes = []\n"
         "for folder in sys.argv[1:]:\n"
         "    if not (child := os.fork()): os._exit(worker.main([folder]))\n"

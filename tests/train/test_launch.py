@@ -18,12 +18,13 @@ import psutil
 import pytest
 
 from tests.train.composing import command, compose
-from train import lock, slurm, versions, worker
+from train import versions
 from train.compose import build
-from train.job import Job
 from train.launch import Launch
-from train.lock import Lock
 from train.plan import plan
+from train.processes import lock, slurm, worker
+from train.processes.job import Job
+from train.processes.lock import Lock
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -205,7 +206,7 @@ def test_deepspeed_over_ssh_runs_two_nodes(out: Path, monkeypatch, tmp_path: Pat
 
 def child(code: str, *words: str) -> list[str]:
     """A process that looks like a rank of the job `t` to those who look at command lines."""
-    return [sys.executable, "-c", code, "-m", "train.worker", *words, "--job=t"]
+    return [sys.executable, "-c", code, "-m", "train.processes.worker", *words, "--job=t"]
 
 
 def job(command: list[str], folder: Path, **how: int) -> Job:
@@ -282,10 +283,10 @@ def test_a_launcher_that_cannot_start_leaves_no_handler(tmp_path: Path):
 
 
 def test_a_rank_that_does_not_end_by_itself_is_ended(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("train.job.LEAVE", 0.5)
+    monkeypatch.setattr("train.processes.job.LEAVE", 0.5)
     note = json.dumps({"code": 4, "error": "x", "job": "t"})
     code = f"import time; open('failed.json', 'w').write({note!r}); time.sleep(600)"
-    monkeypatch.setattr("train.job.ROOT", tmp_path)
+    monkeypatch.setattr("train.processes.job.ROOT", tmp_path)
     assert job([sys.executable, "-c", code], tmp_path).run() == 4
 
 
@@ -325,7 +326,7 @@ def test_a_hostfile_is_read_before_anything_starts(text: str, tmp_path: Path):
             Launch(**given)
         return
     made = Launch(**given)
-    words = made._command(["train.worker", "x"])
+    words = made._command(["train.processes.worker", "x"])
     assert words[words.index("--hostfile") + 1] == str(tmp_path / "hosts")
     assert words[words.index("--num_nodes") + 1] == words[words.index("--num_accelerators") + 1]
     assert made._store() == ("node1", made.port)
@@ -360,7 +361,7 @@ def test_slurm_wants_an_allocation_that_is_large_enough(monkeypatch):
     with pytest.raises(ValueError, match=r"launch\.nodes is 4, and this allocation has 2"):
         many.check([])
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
-    words = Launch(how="slurm", ranks=8, nodes=2)._command(["train.worker", "x"])
+    words = Launch(how="slurm", ranks=8, nodes=2)._command(["train.processes.worker", "x"])
     assert {"srun", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4"} < set(words)
     assert "--cpus-per-task=6" in words
     assert words[-1] == "--slurm"
@@ -411,7 +412,7 @@ def test_versions_are_told_and_untested_ones_warned_of(monkeypatch, tmp_path: Pa
 def owner(folder: Path, code: str = "time.sleep(600)") -> "subprocess.Popen[str]":
     """A process that holds the lock of a folder."""
     begin = (
-        "import sys, time\nfrom pathlib import Path\nfrom train.lock import Lock\n"
+        "import sys, time\nfrom pathlib import Path\nfrom train.processes.lock import Lock\n"
         f"lock = Lock(Path({str(folder)!r})); print(lock.take(), flush=True)\n{code}"
     )
     words = [sys.executable, "-c", begin]

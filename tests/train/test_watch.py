@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from decoding import pulse
-from train import crew, watch, worker
-from train.crew import Crew
 from train.launch import Launch
-from train.signs import position
-from train.watch import Watch
+from train.processes import crew, watch, worker
+from train.processes.crew import Crew
+from train.processes.signs import position
+from train.processes.watch import Watch
 
 
 class Ended(Exception):

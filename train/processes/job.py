@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from train.compose import ROOT
-from train.watch import FAILED, LEAVE, SAVE, STOPPED, stop_from_afar
+from train.processes.watch import FAILED, LEAVE, SAVE, STOPPED, stop_from_afar
 
 TURN = 1.0  # seconds
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -97,7 +97,7 @@ class Job:
         return int(launcher.wait())
 
     def _send(self, launcher: Any, number: int) -> None:
-        """To each rank of this machine; they tell those of others (train/watch.py)."""
+        """To each rank of this machine; they tell those of others (train/processes/watch.py)."""
         for process in {launcher} if self.passes_signals else self.ranks:
             with suppress(psutil.Error):
                 process.send_signal(number)
@@ -117,7 +117,7 @@ class Job:
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 words = process.cmdline()
-                if f"--job={self.name}" in words and _module(words) == "train.worker":
+                if f"--job={self.name}" in words and _module(words) == "train.processes.worker":
                     alike.add(process)
         for process in alike:
             with suppress(psutil.Error):

@@ -23,7 +23,7 @@ from data.secrets import redacted
 from decoding.pulse import PULSE
 from decoding.ranks import address, ranks
 from drafters.base import write_json
-from train.signs import GOES_ON, ended, hung, lives, position, who
+from train.processes.signs import GOES_ON, ended, hung, lives, position, who
 
 ENVIRONMENT, STOPPED = 4, (130, 143)
 TURN = 2.0  # seconds

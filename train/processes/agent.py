@@ -1,5 +1,7 @@
-"""torchrun, without its page about ranks that have spoken for themselves: `python -m train.agent
-...` takes what torchrun takes."""
+"""torchrun, without its page about ranks that have spoken for themselves.
+
+`python -m train.processes.agent ...` takes what torchrun takes.
+"""
 
 import logging
 import sys

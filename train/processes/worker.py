@@ -1,7 +1,7 @@
-"""One process, one stage: `python -m train.worker FOLDER` (a launcher starts it, once a rank).
+"""One process, one stage: `python -m train.processes.worker FOLDER`, started once a rank.
 
-With --slurm it reads its place among the ranks from SLURM's variables: `srun python -m train.worker
---slurm FOLDER`. --local_rank, which some launchers add, is ignored.
+With --slurm it reads its place among the ranks from SLURM's variables: `srun python -m
+train.processes.worker --slurm FOLDER`. --local_rank, which some launchers add, is ignored.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from data.secrets import guard
 from decoding.ranks import START, ranks, store
 from drafters.base import write_json
 from eval.controls import Failed
-from train import slurm
 from train.compose import ROOMS, ROOT
 from train.guard import Preempted
-from train.lock import Lock
+from train.processes import slurm
+from train.processes.lock import Lock
+from train.processes.watch import ECHO, FAILED, HANG_SECONDS, Watch
 from train.seal import seal
 from train.versions import installed, untested
-from train.watch import ECHO, FAILED, HANG_SECONDS, Watch
 
 BUG, BAD_INPUT, CHECK_FAILED, ENVIRONMENT, STOPPED, PREEMPTED = 1, 2, 3, 4, 130, 143
 ASK = 20.0  # seconds; torchrun and deepspeed kill what has not ended after thirty
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="train.worker", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="train.processes.worker", allow_abbrev=False)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--job", default="")
     parser.add_argument("--hang-seconds", type=float, default=HANG_SECONDS)
@@ -221,7 +221,7 @@ def _await(key: str, missing: str) -> bytes:
 def build_of_this_rank() -> dict[str, str]:
     """What ranks must have in common: the code of this repository and the versions."""
     code = hashlib.sha256()
-    for file in sorted(f for room in ROOMS for f in (ROOT / room).glob("*.py")):
+    for file in sorted(f for room in ROOMS for f in (ROOT / room).rglob("*.py")):
         code.update(file.read_bytes())
     return {"host": socket.gethostname(), "draftsmith": code.hexdigest()[:12], **installed()}
 
