@@ -163,7 +163,7 @@ def ours(loss: str) -> Run:
         target: Any = Head(head) if objective.needs_target else None
         known = states if objective.needs_target else None
         rows = torch.zeros_like(labels)
-        return objective(Prediction(hidden, weight, labels, rows, known), target)[0]
+        return objective([Prediction(hidden, weight, labels, rows, known)], target)[0]
 
     return run
 

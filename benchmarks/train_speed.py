@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -268,10 +269,13 @@ def reached(
     from train.objectives import ForwardKL
 
     class ByPosition(ForwardKL):
-        def __call__(self, prediction: Prediction, target: Target | None) -> tuple[Tensor, Metrics]:
-            loss, metrics = super().__call__(prediction, target)
-            found.append(float(loss / metrics["tokens"]))
-            return loss, metrics
+        def __call__(
+            self, predictions: list[Prediction], target: Target | None
+        ) -> tuple[Tensor, list[Metrics]]:
+            for prediction in predictions:
+                loss, (metrics,) = super().__call__([replace(prediction, share=1.0)], target)
+                found.append(float(loss / metrics["tokens"]))
+            return super().__call__(predictions, target)
 
     found: list[float] = []
     with torch.autocast(target.device.type, torch.bfloat16):

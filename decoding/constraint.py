@@ -3,7 +3,8 @@
 A node's mask follows from the committed answer and the node's own path, and p is the target's law
 renormalised over what is allowed there (decoding.md (h), JSONSchemaBench). Drafters that are asked
 level by level get the same masks on q (drafters/confined.py), so that what a grammar forces is
-always drafted right; of one-hot drafts, whose q is one token, forbidden ones go with all below them.
+always drafted right; of one-hot drafts, whose q is one token, what is forbidden goes with all
+below it.
 
 Shapes: B batch, N drafted nodes, M = N + 1 (root first), W nodes of a row, V vocabulary.
 """

@@ -10,7 +10,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -62,13 +62,14 @@ class Batch:
 
 @dataclass
 class Prediction:
-    """One group of predictions (one draft position) for an objective to judge.
+    """One draft position's guesses at N tokens, for an objective to judge.
 
     hidden_ND are the drafter's states, weight_VD its head (None: the target's own, frozen),
     labels_N the true tokens; row_N the sequence of the batch that each belongs to, target_ND the
     target's states at the same positions (None when no target is given). position: 0 for the first
     drafted token, -1 for the target's own (a family that changes it). A head over part of the
     vocabulary names its tokens in vocabulary_V (its row i is the target's token vocabulary[i]).
+    real_N: which of them are guessed at this position (None: all); share: what their loss weighs.
     """
 
     hidden_ND: Tensor
@@ -78,6 +79,23 @@ class Prediction:
     target_ND: Tensor | None
     position: int = 0
     vocabulary_V: Tensor | None = None
+    real_N: Tensor | None = None
+    share: float = 1.0
+
+    def guessed(self) -> "Prediction":
+        """Without the tokens that are not guessed at this position."""
+        if self.real_N is None:
+            return self
+        kept_N = self.real_N.bool()
+        states = self.target_ND
+        return replace(
+            self,
+            hidden_ND=self.hidden_ND[kept_N],
+            labels_N=self.labels_N[kept_N],
+            row_N=self.row_N[kept_N],
+            target_ND=None if states is None else states[kept_N],
+            real_N=None,
+        )
 
     def logits(self, hidden_CD: Tensor, target: Target | None) -> Tensor:
         """The head over some of the states."""
@@ -92,8 +110,13 @@ class Objective(Protocol):
 
     needs_target: bool
 
-    def __call__(self, prediction: Prediction, target: Target | None) -> tuple[Tensor, Metrics]:
-        """The loss summed over N, and its metrics."""
+    def __call__(
+        self, predictions: list[Prediction], target: Target | None
+    ) -> tuple[Tensor, list[Metrics]]:
+        """The losses summed over N, each times its share, added up; and the metrics of each.
+
+        The predictions are of the same N tokens, one a draft position: labels, rows, target states
+        and vocabulary are those of the first, so that the target's law is made once for all."""
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,8 @@ class Eagle3(Heads):
             g_BTD = self.midlayer(g_BTD, positions_BT + k - 1, attend, read_BTI)
             yield self.norm(g_BTD)[:, : T - k]
 
-    def head(self, k: int) -> tuple[Tensor | None, Tensor | None]:
-        return self.lm_head.weight, self._vocabulary()
+    def head(self, k: int) -> Tensor:
+        return self.lm_head.weight
 
     @torch.no_grad()
     def initialise(self, target: Target | None, counts: Callable[[], Tensor]) -> None:
@@ -128,7 +128,7 @@ class Eagle3(Heads):
             }
         return config
 
-    def _vocabulary(self) -> Tensor | None:
+    def vocabulary(self) -> Tensor | None:
         if self.d2t is None:
             return None
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
@@ -139,7 +139,7 @@ class Eagle3(Heads):
 
     def _logits(self, out: Tensor) -> Tensor:
         logits = self.lm_head(self.norm(out))
-        ids_V = self._vocabulary()
+        ids_V = self.vocabulary()
         if ids_V is None:
             return logits
         whole = logits.new_full((*logits.shape[:-1], self.shape.vocab_size), -torch.inf)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -93,9 +94,13 @@ class Heads(Trained):
         """Training: for head 1, 2, ... its states [B, T', D] for pairs t = 0, 1, ... (T' may be
         T - 1, the number of pairs, or less); with a second tensor, a loss of its own [B, T']."""
 
-    def head(self, k: int) -> tuple[Tensor | None, Tensor | None]:
-        """Weight of head k (None: the target's own) and the vocabulary of its rows (None: all)."""
-        return None, None
+    def head(self, k: int) -> Tensor | None:
+        """Weight of head k, [V, D]; None: the target's own."""
+        return None
+
+    def vocabulary(self) -> Tensor | None:
+        """The tokens of the heads' rows, rising; None: all of the target's."""
+        return None
 
     def config(self) -> dict[str, Any]:
         """What config.json says beside the weights, for serving engines."""
@@ -207,28 +212,37 @@ class Heads(Trained):
         assert target is not None, "draft heads read the target's states"
         known = batch.cached or target(batch.ids_BT, doc_BT=batch.doc_BT, taps=self.taps)
         batch = replace(batch, cached=known)
-        total, sums = torch.zeros((), device=batch.ids_BT.device), dict[str, Tensor]()
+        tokens = ahead(batch, 1)  # those of a later position are among them: a document is a run
+        row_N, t_N = tokens.nonzero(as_tuple=True)
+        at_N = t_N + 1  # of the state that predicts the token, h_{t+k}
+        same: dict[str, Any] = {
+            "labels_N": batch.ids_BT[row_N, at_N + 1],
+            "row_N": row_N,
+            "target_ND": known.hidden_BTD[row_N, at_N] if objective.needs_target else None,
+            "vocabulary_V": self.vocabulary(),
+        }
+        guessed, extra = [], torch.zeros((), device=batch.ids_BT.device)
         deepest = max(1, batch.ids_BT.shape[1] - 2)  # beyond, a sequence has no labels
         for k, found in enumerate(islice(self.unroll(batch, target), deepest), start=1):
             states_BTD, extra_BT = found if isinstance(found, tuple) else (found, None)
-            valid = ahead(batch, k)
-            weight_VD, vocabulary_V = self.head(k)
-            prediction = Prediction(
-                hidden_ND=states_BTD[:, : valid.shape[1]][valid],
-                weight_VD=weight_VD,
-                labels_N=batch.ids_BT[:, 1 + k :][valid],
-                row_N=valid.nonzero()[:, 0],
-                target_ND=known.hidden_BTD[:, k:-1][valid] if objective.needs_target else None,
-                position=k - 1,
-                vocabulary_V=vocabulary_V,
+            valid, pair_N, share = ahead(batch, k), at_N - k, self.decay ** (k - 1)
+            whole = F.pad(valid, (k - 1, 0))  # [t] of head k stands at [t + k - 1] of head 1
+            guessed.append(
+                Prediction(
+                    hidden_ND=states_BTD[row_N, pair_N.clamp(min=0)],
+                    weight_VD=self.head(k),
+                    position=k - 1,
+                    real_N=whole[row_N, t_N],
+                    share=share * self.objective_weight,
+                    **same,
+                )
             )
-            loss, measured = objective(prediction, target)
-            loss = self.objective_weight * loss
             if extra_BT is not None:
-                loss = loss + extra_BT[:, : valid.shape[1]][valid].sum()
-            total = total + self.decay ** (k - 1) * loss
-            sums |= measured if k == 1 else {f"{key}@{k}": v for key, v in measured.items()}
-        return total, sums
+                extra = extra + share * extra_BT[:, : valid.shape[1]][valid].sum()
+        loss, measured = objective(guessed, target)
+        names = ["" if k == 1 else f"@{k}" for k in range(1, len(guessed) + 1)]
+        each = zip(names, measured, strict=True)
+        return loss + extra, {f"{key}{at}": v for at, m in each for key, v in m.items()}
 
     objective_weight = 1.0
 

@@ -107,8 +107,8 @@ class HydraHeads(Heads):
             read += [embed_BTD[:, 1 + j : 1 + j + T - k] for j in range(k)]
             yield mixer(torch.cat(read, dim=-1))
 
-    def head(self, k: int) -> tuple[Tensor | None, Tensor | None]:
-        return self.lm_heads[k - 1].weight, None
+    def head(self, k: int) -> Tensor:
+        return self.lm_heads[k - 1].weight
 
     def initialise(self, target: Target | None, counts: Callable[[], Tensor]) -> None:
         assert target is not None, "heads start as the target's"

@@ -119,7 +119,8 @@ class LM(Trained):
             row_N=supervised.nonzero()[:, 0],
             target_ND=target_ND,
         )
-        return objective(prediction, target)
+        loss, (measured,) = objective([prediction], target)
+        return loss, measured
 
     def start(
         self, target: Target, cache: Cache, sampling: Sampling, requests: list[int], max_len: int

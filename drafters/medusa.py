@@ -109,7 +109,7 @@ class Medusa(Heads):
             target_ND=teacher_ND,
             position=-1,  # the target's own, before the first head's
         )
-        loss, measured = objective(own, target)
+        loss, (measured,) = objective([own], target)
         of_target = {f"{key}@target": value for key, value in measured.items()}
         return loss + self.heads_weight * self.decay * heads, sums | of_target
 
@@ -129,8 +129,8 @@ class Medusa(Heads):
         for blocks in self.blocks:
             yield blocks(hidden_BTD)
 
-    def head(self, k: int) -> tuple[Tensor | None, Tensor | None]:
-        return (self.lm_heads[k - 1].weight if self.lm_heads else None), None
+    def head(self, k: int) -> Tensor | None:
+        return self.lm_heads[k - 1].weight if self.lm_heads else None
 
     def initialise(self, target: Target | None, counts: Callable[[], Tensor]) -> None:
         assert target is not None, "heads start as the target's"

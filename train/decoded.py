@@ -145,13 +145,14 @@ def judged(
         batch.doc_BT[b, : len(other)] = -2  # neither this answer's document nor padding
     found: dict[int, list[list[bool]]] = {}
 
-    def judge(prediction: Prediction, head: Target | None) -> tuple[Tensor, Metrics]:
-        right_N = _right(prediction, head)
-        found[prediction.position] = [
-            _from_the_end(right_N[prediction.row_N == b].tolist(), len(answer))
-            for b, (_, answer) in enumerate(answers)
-        ]
-        return torch.zeros(()), {}
+    def judge(predictions: list[Prediction], head: Target | None) -> tuple[Tensor, list[Metrics]]:
+        for prediction in [p.guessed() for p in predictions]:
+            right_N = _right(prediction, head)
+            found[prediction.position] = [
+                _from_the_end(right_N[prediction.row_N == b].tolist(), len(answer))
+                for b, (_, answer) in enumerate(answers)
+            ]
+        return torch.zeros(()), [{} for _ in predictions]
 
     judge.needs_target = False  # type: ignore[attr-defined]
     drafter(batch, target, judge)

@@ -1,13 +1,14 @@
 """What a drafter is trained to do: the losses, chunked over tokens so that N x V never exists.
 
-Shapes: N supervised tokens, D width, V vocabulary. p is the target's law, q the drafter's.
+Shapes: K draft positions, N supervised tokens, C of a chunk, D width, V vocabulary. p is the
+target's law, q the drafter's.
 Per-token values and gradients: reference (i) of the spec sheets; identities tested by finite
 differences.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,13 +17,13 @@ from torch import Tensor
 
 from decoding.target import Target
 from drafters.base import Metrics, Prediction
-from train.chunks import Sums, chunked
+from train.chunks import Judge, Sums, chunked
 
 PAD = 64  # tokens that N is rounded up to a multiple of
 CHUNK_ELEMENTS = 2**21  # logits of one chunk: 8 MiB in fp32, which the allocator reuses
 GPU_CHUNKS = 32  # times as many on a GPU, where a matrix product pays from hundreds of tokens on
 
-PerToken = Callable[[Tensor, "_Truth", slice], Tensor]
+PerToken = Callable[[int, Tensor, "_Truth", slice], Tensor]
 
 
 class Loss(ABC):
@@ -40,22 +41,29 @@ class Loss(ABC):
         """What teaches the tokens in the data in this loss's place."""
         return CE()
 
-    def __call__(self, prediction: Prediction, target: Target | None) -> tuple[Tensor, Metrics]:
-        per_token = self.prepare(prediction, target)
-        padded, real_N = _pad(prediction)
+    def __call__(
+        self, predictions: list[Prediction], target: Target | None
+    ) -> tuple[Tensor, list[Metrics]]:
+        padded = _padded(predictions)
+        per_token = self.prepare(padded, target)
 
-        def judge(q_CV: Tensor, at: slice) -> tuple[Tensor, Sums]:
-            log_q_CV = q_CV.float().log_softmax(-1)
-            truth = _truth(padded, real_N, target, at)
-            measured = _measure(log_q_CV.detach(), truth)  # before the loss holds more of this size
-            return per_token(log_q_CV, truth, at).sum(), measured
+        def open_chunk(at: slice) -> Judge:
+            law = _law(padded[0], target, at)
 
-        return chunked(padded, target, judge, _slices(padded, target))
+            def judge(number: int, q_CV: Tensor) -> tuple[Tensor, Sums]:
+                log_q_CV = q_CV.float().log_softmax(-1)
+                truth = law.of(padded[number], at)
+                measured = _measure(log_q_CV.detach(), truth)  # before the loss holds as much again
+                return per_token(number, log_q_CV, truth, at).sum(), measured
 
-    def prepare(self, prediction: Prediction, target: Target | None) -> PerToken:
-        """What turns log q and the truth of a chunk, and which it is, into a loss per token, 0 for
-        one that does not count."""
-        return lambda log_q_CV, truth, at: self.counted(log_q_CV, truth)
+            return judge
+
+        return chunked(padded, target, open_chunk, _slices(padded, target))
+
+    def prepare(self, predictions: list[Prediction], target: Target | None) -> PerToken:
+        """What turns a prediction's number, its log q, the truth of a chunk and which chunk it is
+        into a loss per token, 0 for one that does not count."""
+        return lambda number, log_q_CV, truth, at: self.counted(log_q_CV, truth)
 
     def counted(self, log_q_CV: Tensor, truth: "_Truth") -> Tensor:
         labels_C = truth.labels_C.clamp(min=0)
@@ -141,13 +149,13 @@ class LambdaHybrid(Loss):
             raise ValueError(f"objective.eta is {eta}; it must be at least 0")
         self.eta = eta
 
-    def prepare(self, prediction, target):
-        padded, real_N = _pad(prediction)
-        mix_N = torch.exp(-self.eta * _mean_alpha(padded, real_N, target))
+    def prepare(self, predictions, target):
+        mix_KN = torch.exp(-self.eta * _mean_alpha(predictions, target))
 
-        def per_token(log_q_CV: Tensor, truth: _Truth, at: slice) -> Tensor:
+        def per_token(number: int, log_q_CV: Tensor, truth: _Truth, at: slice) -> Tensor:
+            mix_C = mix_KN[number, at]
             kl_C, tv_C = (loss.counted(log_q_CV, truth) for loss in (ForwardKL(), TV()))
-            return mix_N[at] * kl_C + (1 - mix_N[at]) * tv_C
+            return mix_C * kl_C + (1 - mix_C) * tv_C
 
         return per_token
 
@@ -155,37 +163,43 @@ class LambdaHybrid(Loss):
         raise AssertionError("lambda is known only for a whole sequence: prepare() gives the loss")
 
 
-def _pad(prediction: Prediction) -> tuple[Prediction, Tensor]:
-    """Rounds N up to a multiple of PAD, and 1 for what is real, [N].
+def _padded(predictions: list[Prediction]) -> list[Prediction]:
+    """The same with N rounded up to a multiple of PAD, and what is real among it.
 
     The number of supervised tokens differs from batch to batch, and buffers of ever new sizes
     leave the C library's heap full of holes: resident memory grew by 30 MB a step.
     """
-    n, device = len(prediction.labels_N), prediction.labels_N.device
+    first = predictions[0]
+    n, device = len(first.labels_N), first.labels_N.device
     more = -n % PAD or (0 if n else PAD)
-    real_N = (torch.arange(n + more, device=device) < n).float()
-    states = prediction.target_ND
-    padded = Prediction(
-        hidden_ND=F.pad(prediction.hidden_ND, (0, 0, 0, more)),
-        weight_VD=prediction.weight_VD,
-        labels_N=F.pad(prediction.labels_N, (0, more)),
-        row_N=F.pad(prediction.row_N, (0, more)),
-        target_ND=None if states is None else F.pad(states, (0, 0, 0, more)),
-        position=prediction.position,
-        vocabulary_V=prediction.vocabulary_V,
-    )
-    return padded, real_N
+    states = first.target_ND
+    same: dict[str, Any] = {
+        "labels_N": F.pad(first.labels_N, (0, more)),
+        "row_N": F.pad(first.row_N, (0, more)),
+        "target_ND": None if states is None else F.pad(states, (0, 0, 0, more)),
+    }
+    whole_N = torch.ones(n, device=device)
+    return [
+        replace(
+            p,
+            hidden_ND=F.pad(p.hidden_ND, (0, 0, 0, more)),
+            real_N=F.pad(whole_N if p.real_N is None else p.real_N.float(), (0, more)),
+            **same,
+        )
+        for p in predictions
+    ]
 
 
-def _slices(prediction: Prediction, target: Target | None) -> list[slice]:
+def _slices(predictions: list[Prediction], target: Target | None) -> list[slice]:
     """Chunks of tokens whose logits, the drafter's or the target's, have CHUNK_ELEMENTS; of a large
     vocabulary up to four times as many, since the head and its gradient are read anew for each: of
     152,000, 64 tokens at a time take three fifths of the time of 16 at a time (bf16, D = 512)."""
-    tokens, weight_VD = len(prediction.hidden_ND), prediction.weight_VD
-    rows = [weight_VD.shape[0]] if weight_VD is not None else []
+    hidden_ND = predictions[0].hidden_ND
+    rows = [len(p.weight_VD) for p in predictions if p.weight_VD is not None]
     rows += [target.shape.vocab_size] if target is not None else []
-    room = CHUNK_ELEMENTS * (GPU_CHUNKS if prediction.hidden_ND.is_cuda else 1)
+    room = CHUNK_ELEMENTS * (GPU_CHUNKS if hidden_ND.is_cuda else 1)
     step = max(16, room // max(rows), min(64, 4 * room // max(rows)))
+    tokens = len(hidden_ND)
     return [slice(i, min(i + step, tokens)) for i in range(0, tokens, step)]
 
 
@@ -206,26 +220,33 @@ class _Truth:
         assert self.log_p_CV is not None, "this loss needs a target"
         return self.log_p_CV if self.log_share_C1 is None else self.log_p_CV + self.log_share_C1
 
+    def of(self, prediction: Prediction, at: slice) -> "_Truth":
+        """For one draft position, which does not guess every token."""
+        assert prediction.real_N is not None
+        real_C = prediction.real_N[at]
+        return replace(self, real_C=real_C, counts_C=self.counts_C * real_C)
+
 
 @torch.no_grad()
-def _truth(prediction: Prediction, real_N: Tensor, target: Target | None, at: slice) -> _Truth:
-    """See `Loss` for a smaller vocabulary."""
-    labels_C, real_C = prediction.labels_N[at], real_N[at]
+def _law(prediction: Prediction, target: Target | None, at: slice) -> _Truth:
+    """What all draft positions have in common; see `Loss` for a smaller vocabulary."""
+    labels_C = prediction.labels_N[at]
+    all_C = torch.ones_like(labels_C, dtype=torch.float32)
     log_p_CV = None
     if prediction.target_ND is not None and target is not None:
         log_p_CV = target.logits(prediction.target_ND[at]).float().log_softmax(-1)
     ids_V = prediction.vocabulary_V
     if ids_V is None:
-        return _Truth(log_p_CV, labels_C, real_C, real_C)
+        return _Truth(log_p_CV, labels_C, all_C, all_C)
     decisive_C = labels_C if log_p_CV is None else log_p_CV.argmax(-1)
-    counts_C = real_C * _within(decisive_C, ids_V)[1]
+    counts_C = all_C * _within(decisive_C, ids_V)[1]
     place_C, inside_C = _within(labels_C, ids_V)
     labels_C = torch.where(inside_C, place_C, -1)
     if log_p_CV is None:
-        return _Truth(None, labels_C, real_C, counts_C)
+        return _Truth(None, labels_C, all_C, counts_C)
     kept_CV = log_p_CV[:, ids_V]
     log_share_C1 = kept_CV.logsumexp(-1, keepdim=True)
-    return _Truth(kept_CV - log_share_C1, labels_C, real_C, counts_C, log_share_C1)
+    return _Truth(kept_CV - log_share_C1, labels_C, all_C, counts_C, log_share_C1)
 
 
 def _within(tokens_C: Tensor, ids_V: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,19 +257,24 @@ def _within(tokens_C: Tensor, ids_V: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _mean_alpha(prediction: Prediction, real_N: Tensor, target: Target | None) -> Tensor:
-    """alpha of each prediction's sequence, [N]."""
-    alphas, counts = [], []
-    for at in _slices(prediction, target):
-        log_q = prediction.logits(prediction.hidden_ND[at], target).float().log_softmax(-1)
-        truth = _truth(prediction, real_N, target, at)
-        alphas.append(_alpha(log_q, truth.whole_log_p_CV) * truth.real_C)
-        counts.append(truth.real_C)
-    alpha_N, count_N, row_N = torch.cat(alphas), torch.cat(counts), prediction.row_N
-    rows = int(row_N.max()) + 1
-    total_B = alpha_N.new_zeros(rows).index_add(0, row_N, alpha_N)
-    count_B = alpha_N.new_zeros(rows).index_add(0, row_N, count_N)
-    return (total_B / count_B.clamp(min=1))[row_N]
+def _mean_alpha(predictions: list[Prediction], target: Target | None) -> Tensor:
+    """alpha of each prediction's sequence, by draft position, [K, N]."""
+    row_N = predictions[0].row_N
+    rows, found = int(row_N.max()) + 1, []
+    alphas: list[list[Tensor]] = [[] for _ in predictions]
+    for at in _slices(predictions, target):
+        law = _law(predictions[0], target, at)
+        for mine, prediction in zip(alphas, predictions, strict=True):
+            log_q = prediction.logits(prediction.hidden_ND[at], target).float().log_softmax(-1)
+            truth = law.of(prediction, at)
+            mine.append(_alpha(log_q, truth.whole_log_p_CV) * truth.real_C)
+    for mine, prediction in zip(alphas, predictions, strict=True):
+        alpha_N, real_N = torch.cat(mine), prediction.real_N
+        assert real_N is not None
+        total_B = alpha_N.new_zeros(rows).index_add(0, row_N, alpha_N)
+        count_B = alpha_N.new_zeros(rows).index_add(0, row_N, real_N)
+        found.append((total_B / count_B.clamp(min=1))[row_N])
+    return torch.stack(found)
 
 
 @torch.no_grad()

@@ -80,9 +80,11 @@ class Recorder:
         self.needs_target = needs_target
         self.seen: list[Prediction] = []
 
-    def __call__(self, prediction: Prediction, target: Target | None) -> tuple[Tensor, dict]:
-        self.seen.append(prediction)
-        return prediction.hidden_ND.sum() * 0, {}
+    def __call__(
+        self, predictions: list[Prediction], target: Target | None
+    ) -> tuple[Tensor, list[dict]]:
+        self.seen += [prediction.guessed() for prediction in predictions]
+        return predictions[0].hidden_ND.sum() * 0, [{} for _ in predictions]
 
 
 def judged(drafter: Trained, batch: Batch, target: Target) -> list[Prediction]:

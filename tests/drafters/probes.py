@@ -81,7 +81,12 @@ class Counting:
     def __init__(self, each: float = 1.0) -> None:
         self.each = each
 
-    def __call__(self, prediction: Prediction, target: Target | None) -> tuple[Tensor, dict]:
-        n = torch.tensor(float(len(prediction.labels_N)))
-        sums = {"tokens": n, "top1": n / (1 + prediction.position)}
-        return prediction.hidden_ND.sum() * 0 + self.each * n, sums
+    def __call__(
+        self, predictions: list[Prediction], target: Target | None
+    ) -> tuple[Tensor, list[dict]]:
+        loss, found = torch.zeros(()), []
+        for p in predictions:
+            n = torch.tensor(float(len(p.guessed().labels_N)))
+            loss = loss + p.share * (p.hidden_ND.sum() * 0 + self.each * n)
+            found.append({"tokens": n, "top1": n / (1 + p.position)})
+        return loss, found

@@ -305,7 +305,7 @@ def test_predictions_outside_the_draft_vocabulary_do_not_count(target, loss):
     given = Prediction(
         leaf, weight_VD, labels_N, torch.zeros(200).long(), truth_ND if kl else None, 0, ids_V
     )
-    total, sums = loss(given, target)
+    total, (sums,) = loss([given], target)
     (gradient,) = torch.autograd.grad(total, leaf)
     logits_NV = target.logits(truth_ND)
     counts_N = torch.isin(logits_NV.argmax(-1) if kl else labels_N, ids_V)

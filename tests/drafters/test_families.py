@@ -75,7 +75,7 @@ def test_swapping_trained_heads_hurts(target):
         optimiser.step()
 
     def right() -> list[float]:
-        said = [s @ drafter.head(k)[0].T for k, s in enumerate(states(drafter, batch, target), 1)]
+        said = [s @ drafter.head(k).T for k, s in enumerate(states(drafter, batch, target), 1)]
         due = [(ids_BT[:, :-1] + 1 + k) % 11 for k in (1, 2, 3)]
         return [float((a.argmax(-1) == b).double().mean()) for a, b in zip(said, due, strict=True)]
 

@@ -128,11 +128,12 @@ def test_a_borrowed_head_teaches_what_an_explicit_one_does(target, monkeypatch, 
         if softcap and weight is not None:  # by hand
             log_p, log_q = (target.logits(x).log_softmax(-1) for x in (truth_ND, leaf))
             given.weight_VD = None  # the hybrid asks it for its acceptance
-            judge = loss.prepare(given, target)
+            given.real_N = torch.ones(50)
+            judge = loss.prepare([given], target)
             truth = objectives._Truth(log_p, labels_N, torch.ones(50), torch.ones(50))
-            total = judge(log_q, truth, slice(0, 50)).sum()
+            total = judge(0, log_q, truth, slice(0, 50)).sum()
         else:
-            total, _ = loss(given, target)
+            total, _ = loss([given], target)
         found.append((total.double(), torch.autograd.grad(3 * total, leaf)[0]))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -173,10 +174,11 @@ class Whole:
 
     needs_target = False
 
-    def __call__(self, prediction, target):
-        logits_NV = prediction.logits(prediction.hidden_ND, target)
-        loss = F.cross_entropy(logits_NV, prediction.labels_N, reduction="sum")
-        return loss, {"tokens": torch.tensor(1.0)}
+    def __call__(self, predictions, target):
+        logits = [p.logits(p.hidden_ND, target) for p in predictions]
+        labels_N = predictions[0].labels_N
+        loss = sum(F.cross_entropy(each_NV, labels_N, reduction="sum") for each_NV in logits)
+        return loss, [{"tokens": torch.tensor(1.0)} for _ in predictions]
 
 
 @pytest.mark.parametrize(("family", "head"), [(f, "own") for f in HEADS] + [("medusa", "shared")])

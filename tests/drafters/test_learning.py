@@ -204,9 +204,10 @@ def shifted(drafter: Trained) -> type[Trained]:
 
     class Shifted(type(drafter)):  # type: ignore[misc]
         def forward(self, batch, target, objective):
-            def late(prediction: Prediction, target: Target | None):
-                prediction.labels_N = (prediction.labels_N + 1) % PERIOD
-                return objective(prediction, target)
+            def late(predictions: list[Prediction], target: Target | None):
+                for prediction in predictions:
+                    prediction.labels_N = (prediction.labels_N + 1) % PERIOD
+                return objective(predictions, target)
 
             late.needs_target = objective.needs_target  # type: ignore[attr-defined]
             return super().forward(batch, target, late)

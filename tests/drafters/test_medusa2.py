@@ -94,8 +94,8 @@ def test_heads_learn_the_data_and_weigh_decay_from_the_first_on(target):
     drafter, batch = trained(target), packed(40)
     learning = drafter.learning(target)
 
-    def judge(prediction, target):
-        return CE()(prediction, target)
+    def judge(predictions, target):
+        return CE()(predictions, target)
 
     judge.needs_target = False
     for objective in (CE(), ForwardKL(), judge):

@@ -4,6 +4,7 @@ Shapes: N tokens, D width, V vocabulary.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,6 +87,12 @@ def make(hidden: Tensor, weight: Tensor, target_states: Tensor | None, position:
     return Prediction(hidden, weight, labels, rows, target_states, position)
 
 
+def judged(loss: Loss, prediction: Prediction, target: Head | None) -> tuple[Tensor, dict]:
+    """Of one draft position."""
+    total, (sums,) = loss([prediction], target)  # type: ignore[arg-type]
+    return total, sums
+
+
 def problem(n: int = 11, v: int = 13, d: int = 6, dtype=torch.float32):
     generator = torch.Generator().manual_seed(5)
 
@@ -99,7 +106,7 @@ def value_of(loss: Loss, z: Tensor, p: Tensor) -> float:
     """Loss of laws given outright: identity heads make states of logits."""
     v = z.shape[1]
     target = Head(torch.eye(v))
-    got, _ = loss(make(z.float(), torch.eye(v), p.log().clamp(min=-1e4).float()), target)
+    got, _ = judged(loss, make(z.float(), torch.eye(v), p.log().clamp(min=-1e4).float()), target)
     return float(got)
 
 
@@ -127,7 +134,7 @@ def test_equal_laws_give_the_minimum_and_no_gradient(cls: type[Loss]):
     _, p = laws(2, n=3)
     z = p.log().float().requires_grad_()
     target = Head(torch.eye(7))
-    at_p, _ = cls()(make(z, torch.eye(7), p.log().float()), target)
+    at_p, _ = judged(cls(), make(z, torch.eye(7), p.log().float()), target)
     at_p.backward()
     assert z.grad is not None
     assert abs(float(at_p.detach())) < 1e-6
@@ -178,7 +185,7 @@ def test_the_hybrid_mixes_by_the_mean_acceptance_of_the_group():
     for position in (0, 1, 3):
         mix = math.exp(-2.0 * float(alpha.mean()))
         expected = (mix * kl + (1 - mix) * (1 - alpha)).sum()
-        got, _ = LambdaHybrid(eta=2.0)(make(hidden, weight, states, position), target)
+        got, _ = judged(LambdaHybrid(eta=2.0), make(hidden, weight, states, position), target)
         torch.testing.assert_close(got, expected)
 
 
@@ -187,11 +194,11 @@ def test_the_hybrid_averages_acceptance_over_each_sequence():
     hidden, weight, states, target = problem()
     whole = make(hidden, weight, states)
     whole.row_N = (torch.arange(11) >= 4).long()
-    together, _ = LambdaHybrid()(whole, target)
+    together, _ = judged(LambdaHybrid(), whole, target)
     parts = [make(hidden[:4], weight, states[:4]), make(hidden[4:], weight, states[4:])]
-    apart = [LambdaHybrid()(part, target)[0] for part in parts]
+    apart = [judged(LambdaHybrid(), part, target)[0] for part in parts]
     torch.testing.assert_close(together, apart[0] + apart[1])
-    mixed, _ = LambdaHybrid()(make(hidden, weight, states), target)
+    mixed, _ = judged(LambdaHybrid(), make(hidden, weight, states), target)
     assert not torch.allclose(together, mixed, rtol=1e-4)
 
 
@@ -199,7 +206,7 @@ def test_the_hybrid_does_not_differentiate_its_mixture():
     """The gradient is that of a loss in which lambda is a number."""
     hidden, weight, states, target = problem()
     hidden.requires_grad_()
-    got, _ = LambdaHybrid()(make(hidden, weight, states), target)
+    got, _ = judged(LambdaHybrid(), make(hidden, weight, states), target)
     (found,) = torch.autograd.grad(got, hidden)
 
     p, q = target.logits(states).softmax(-1), (hidden @ weight.T).softmax(-1)
@@ -217,10 +224,10 @@ def naive(loss: Loss, prediction: Prediction, target: Head) -> Tensor:
     """All N x V at once, by autograd."""
     z = prediction.hidden_ND @ prediction.weight_VD.T
     log_p = target.logits(prediction.target_ND).log_softmax(-1)
-    per_token = loss.prepare(prediction, target)  # type: ignore[arg-type]
-    real_N = torch.ones(len(z))
+    real_N = prediction.real_N = torch.ones(len(z))
+    per_token = loss.prepare([prediction], target)  # type: ignore[arg-type]
     truth = objectives._Truth(log_p, prediction.labels_N, real_N, real_N)
-    return per_token(z.log_softmax(-1), truth, slice(0, len(z))).sum()
+    return per_token(0, z.log_softmax(-1), truth, slice(0, len(z))).sum()
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 50])
@@ -230,13 +237,26 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole(cls, tokens: int, monke
     monkeypatch.setattr(objectives, "CHUNK_ELEMENTS", 1)
     hidden, weight, states, target = problem(n=tokens)
     found = {}
-    for name, compute in {"chunked": lambda p: cls()(p, target)[0], "naive": None}.items():
+    for name, compute in {"chunked": lambda p: judged(cls(), p, target)[0], "naive": None}.items():
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         prediction = make(h, w, states)
         loss = compute(prediction) if compute else naive(cls(), prediction, target)
         found[name] = (loss, *torch.autograd.grad(3 * loss, (h, w)))
     for a, b in zip(found["chunked"], found["naive"], strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_gradients_of_rounded_weights_add_up_over_chunks(monkeypatch):
+    """In bf16, to its rounding."""
+    monkeypatch.setattr(objectives, "CHUNK_ELEMENTS", 1)
+    hidden, weight, *_ = problem(n=100)
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        h, w = (x.to(torch.bfloat16).to(dtype).requires_grad_() for x in (hidden, weight))
+        found.append(torch.autograd.grad(judged(CE(), make(h, w, None), None)[0], (h, w)))
+    for rounded, exact in zip(*found, strict=True):
+        assert rounded.dtype == torch.bfloat16
+        assert (rounded - exact).norm() < 0.02 * exact.norm()
 
 
 def test_a_tied_head_gets_both_gradients(monkeypatch):
@@ -249,7 +269,9 @@ def test_a_tied_head_gets_both_gradients(monkeypatch):
         w = weight.clone().requires_grad_()
         prediction = make(w[ids].tanh(), w, states)
         loss = (
-            ForwardKL()(prediction, target)[0] if chunks else naive(ForwardKL(), prediction, target)
+            judged(ForwardKL(), prediction, target)[0]
+            if chunks
+            else naive(ForwardKL(), prediction, target)
         )
         grads.append(torch.autograd.grad(loss, w)[0])
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
@@ -270,7 +292,7 @@ def test_no_chunk_is_larger_than_asked_and_none_is_missed(cls, monkeypatch):
     sizes: list[int] = []
     real = target.logits
     target.logits = lambda h: sizes.append(len(h)) or real(h)  # type: ignore[method-assign]
-    loss, sums = cls()(make(hidden.requires_grad_(), weight, states), target)
+    loss, sums = judged(cls(), make(hidden.requires_grad_(), weight, states), target)
     loss.backward()
     assert max(n for n, _ in seen) == 20
     assert set(sizes) == {20, 4}  # 50 tokens are padded to 64
@@ -289,7 +311,7 @@ def test_the_graph_keeps_nothing_of_the_size_of_the_logits(monkeypatch):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         inputs = hidden.requires_grad_(), weight.requires_grad_()
-        loss, _ = ForwardKL()(make(*inputs, states), target)
+        loss, _ = judged(ForwardKL(), make(*inputs, states), target)
     assert max(kept) <= 16 * 500
     loss.backward()
 
@@ -297,7 +319,7 @@ def test_the_graph_keeps_nothing_of_the_size_of_the_logits(monkeypatch):
 def test_sums_are_counts_and_losses_over_tokens():
     hidden, weight, states, target = problem(n=30)
     prediction = make(hidden, weight, states)
-    _, sums = CE()(prediction, target)
+    _, sums = judged(CE(), prediction, target)
     q, p = (hidden @ weight.T).softmax(-1), target.logits(states).softmax(-1)
     labels = prediction.labels_N
     torch.testing.assert_close(sums["ce"], -q[torch.arange(30), labels].log().sum())
@@ -310,12 +332,16 @@ def test_sums_are_counts_and_losses_over_tokens():
 def test_without_tokens_the_loss_is_zero_and_has_the_same_sums():
     """A rank whose share of a step has nothing supervised must still bring the same keys."""
     hidden, weight, states, target = problem(n=3)
-    _, some = ForwardKL()(make(hidden, weight, states), target)
+    _, some = judged(ForwardKL(), make(hidden, weight, states), target)
     empty = make(hidden[:0].requires_grad_(), weight.requires_grad_(), states[:0])
-    loss, none = ForwardKL()(empty, target)
+    loss, none = judged(ForwardKL(), empty, target)
     loss.backward()
     assert float(loss.detach()) == 0
     assert set(none) == set(some)
+
+
+def squares(at: slice):
+    return lambda number, z: (z.square().sum(), {})
 
 
 def test_backward_scales_with_what_comes_after():
@@ -324,7 +350,7 @@ def test_backward_scales_with_what_comes_after():
     for factor in (1.0, 2.5):
         h = hidden.clone().requires_grad_()
         prediction, parts = make(h, weight, None), [slice(0, 4), slice(4, 11)]
-        loss, _ = chunked(prediction, None, lambda z, at: (z.square().sum(), {}), parts)
+        loss, _ = chunked([prediction], None, squares, parts)
         (loss * factor).backward()
         grads.append(h.grad)
     torch.testing.assert_close(grads[0] * 2.5, grads[1])
@@ -408,6 +434,64 @@ def test_labels_are_the_next_token_and_the_target_is_read_at_the_same_place():
     assert all(x.grad is None and not x.requires_grad for x in target.parameters())
 
 
+# --- several draft positions ---------------------------------------------------------------------
+
+
+def positions(generator: torch.Generator, states: Tensor, heads: list[Tensor]) -> list[Prediction]:
+    """One prediction a head, of the same tokens, of which each guesses others."""
+    found = []
+    for k, head in enumerate(heads):
+        made = make(
+            torch.randn(states.shape, generator=generator).requires_grad_(), head, states, k
+        )
+        made.row_N = (torch.arange(len(states)) % 3).long()
+        made.real_N = torch.rand(len(states), generator=generator) < 0.7
+        made.share = 0.5**k
+        found.append(made)
+    return found
+
+
+@pytest.mark.parametrize("vocabulary", ["whole", "cut"])
+@pytest.mark.parametrize("shared", [True, False], ids=["one head", "a head each"])
+@pytest.mark.parametrize("cls", [CE, *DISTILLING])
+def test_positions_judged_together_are_what_each_is_alone(cls, shared, vocabulary, monkeypatch):
+    """Losses by share, metrics, gradients of the states and, added up, of the heads."""
+    monkeypatch.setattr(objectives, "CHUNK_ELEMENTS", 1)
+    _, weight, states, target = problem(n=50)
+    ids_V = CUT if vocabulary == "cut" else torch.arange(len(weight))
+    heads = [weight[ids_V] * (1 if shared else k) for k in (1, 2, 3)]
+    heads = [heads[0]] * 3 if shared else heads
+    distinct = [head.requires_grad_() for head in heads[: 1 if shared else 3]]
+    given = positions(torch.Generator().manual_seed(1), states, heads)
+    for prediction in given:
+        prediction.vocabulary_V = CUT if vocabulary == "cut" else None
+    inputs = [*(p.hidden_ND for p in given), *distinct]
+
+    total, sums = cls()(given, target)
+    found = torch.autograd.grad(3 * total, inputs)
+    alone = [judged(cls(), replace(p.guessed(), share=1.0), target) for p in given]
+    due = sum(p.share * loss for p, (loss, _) in zip(given, alone, strict=True))
+    torch.testing.assert_close(total, due, rtol=1e-5, atol=1e-5)
+    for a, b in zip(found, torch.autograd.grad(3 * due, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for mine, (_, other) in zip(sums, alone, strict=True):
+        assert set(mine) == set(other)
+        for key, value in mine.items():
+            torch.testing.assert_close(value, other[key], check_dtype=False)
+
+
+def test_a_head_that_positions_share_has_one_gradient_in_the_graph():
+    """Not one for each: of seven steps at a vocabulary of 32,000 that would be gigabytes."""
+    _, weight, states, target = problem(n=20, v=500)
+    given = positions(torch.Generator().manual_seed(1), states, [weight.requires_grad_()] * 5)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
+        ForwardKL()(given, target)
+    assert kept.count(weight.numel()) == 1
+
+
 # --- a smaller vocabulary of the drafter's -------------------------------------------------------
 
 CUT = torch.tensor([1, 4, 5, 9])
@@ -430,14 +514,14 @@ def cut(n: int = 40) -> tuple[Prediction, Head, dict[str, Tensor]]:
 def test_losses_on_alpha_are_those_of_the_acceptance_that_is_measured():
     """A token that cannot be drafted is neither renormalised away nor left out."""
     prediction, target, hand = cut()
-    tv, sums = TV()(prediction, target)
+    tv, sums = judged(TV(), prediction, target)
     torch.testing.assert_close(tv, (1 - hand["alpha"]).sum())
     torch.testing.assert_close(tv, sums["tokens"] - sums["alpha"])
     for loss in (TV(), NegLogAcceptance()):
         for at in torch.arange(40).split(1):
             single = make(prediction.hidden_ND[at], prediction.weight_VD, prediction.target_ND[at])
             single.vocabulary_V = CUT
-            got, measured = loss(single, target)
+            got, measured = judged(loss, single, target)
             alpha = measured["alpha"]
             torch.testing.assert_close(got, 1 - alpha if isinstance(loss, TV) else -alpha.log())
 
@@ -447,7 +531,7 @@ def test_the_hybrid_renormalises_for_kl_alone():
     p, q, alpha, inside = (hand[name] for name in ("p", "q", "alpha", "inside"))
     kl = (p * (p.log() - q.log())).sum(-1) * inside
     mix = math.exp(-2.0 * float(alpha.mean()))
-    got, _ = LambdaHybrid(eta=2.0)(prediction, target)
+    got, _ = judged(LambdaHybrid(eta=2.0), prediction, target)
     torch.testing.assert_close(got, (mix * kl + (1 - mix) * (1 - alpha)).sum())
 
 
