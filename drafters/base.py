@@ -120,6 +120,21 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
+class Look:
+    """An objective that teaches nothing: a function looks at each prediction, and the target."""
+
+    each: Callable[[Prediction, Target | None], None]
+    needs_target: bool = False
+
+    def __call__(
+        self, predictions: list[Prediction], target: Target | None
+    ) -> tuple[Tensor, list[Metrics]]:
+        for prediction in predictions:
+            self.each(prediction.guessed(), target)
+        return predictions[0].hidden_ND.sum() * 0, [{} for _ in predictions]
+
+
+@dataclass(frozen=True)
 class Blueprint:
     """A drafter that is configured and waits for the shape of its target."""
 

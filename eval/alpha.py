@@ -15,7 +15,7 @@ from torch import Tensor
 
 from decoding.sampling import Sampling
 from decoding.target import Target
-from drafters.base import Batch, Metrics, Prediction, Trained
+from drafters.base import Batch, Look, Prediction, Trained
 from eval.bootstrap import RESAMPLES, Estimate, divide, estimates, resample
 
 TOGETHER, CHUNK = 8, 256
@@ -39,15 +39,14 @@ def alphas(
     sums: dict[int, np.ndarray] = defaultdict(lambda: np.zeros((2, len(answers), 1)))
     for begin in range(0, len(answers), TOGETHER):
 
-        def judge(p: Prediction, _: Target | None, begin: int = begin) -> tuple[Tensor, Metrics]:
+        def look(p: Prediction, _: Target | None, begin: int = begin) -> None:
             if p.position >= 0 and len(p.labels_N):
                 overlap_N1, row_N = _overlaps(p, target, sampling), p.row_N.cpu().numpy() + begin
                 np.add.at(sums[p.position][0], row_N, overlap_N1.double().cpu().numpy())
                 np.add.at(sums[p.position][1], row_N, 1.0)
-            return torch.zeros(()), {}
 
-        judge.needs_target = True  # type: ignore[attr-defined]
-        drafter(Batch.of(answers[begin : begin + TOGETHER], target.device), target, judge)
+        batch = Batch.of(answers[begin : begin + TOGETHER], target.device)
+        drafter(batch, target, Look(look, needs_target=True))
     return [_estimate(sums[position][0], sums[position][1], seed) for position in sorted(sums)]
 
 

@@ -23,7 +23,7 @@ from data.documents import is_validation
 from data.generate import read
 from decoding.pretrained import Pretrained
 from decoding.target import Target
-from drafters.base import Batch, Metrics, Prediction, cast, load, write_json
+from drafters.base import Batch, Look, Prediction, cast, load, write_json
 from drafters.heads import Heads, ahead
 from drafters.lm import LM
 from drafters.trees import Static, tree_of
@@ -178,7 +178,7 @@ def _ranks(ours: Heads | LM, batch: Batch, model: Target, depth: int) -> Tensor:
     B, T = batch.ids_BT.shape
     ranks_BTK = torch.full((B, T - 2, depth), -1, device=batch.ids_BT.device)
 
-    def judge(prediction: Prediction, target: Target | None) -> tuple[Tensor, Metrics]:
+    def look(prediction: Prediction, target: Target | None) -> None:
         k = prediction.position + 1
         if isinstance(ours, LM):  # its guess of a token is the same at every level
             rank_BT = torch.full_like(batch.ids_BT, -1)
@@ -188,10 +188,8 @@ def _ranks(ours: Heads | LM, batch: Batch, model: Target, depth: int) -> Tensor:
         elif 1 <= k <= depth:
             valid = ahead(batch, k)
             ranks_BTK[:, : T - 1 - k, k - 1][valid] = _rank(prediction, target)
-        return torch.zeros(()), {}
 
-    judge.needs_target = False  # type: ignore[attr-defined]
-    ours(batch, model, judge)
+    ours(batch, model, Look(look))
     return ranks_BTK
 
 

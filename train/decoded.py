@@ -24,7 +24,7 @@ from decoding.pulse import item
 from decoding.sampling import Sampling
 from decoding.sharded import Parted, agreed
 from decoding.target import Target
-from drafters.base import Batch, Metrics, Prediction, Trained, write_json
+from drafters.base import Batch, Look, Prediction, Trained, write_json
 from train.engine import ranks, sum_over_ranks
 from train.guard import STOP
 
@@ -145,17 +145,14 @@ def judged(
         batch.doc_BT[b, : len(other)] = -2  # neither this answer's document nor padding
     found: dict[int, list[list[bool]]] = {}
 
-    def judge(predictions: list[Prediction], head: Target | None) -> tuple[Tensor, list[Metrics]]:
-        for prediction in [p.guessed() for p in predictions]:
-            right_N = _right(prediction, head)
-            found[prediction.position] = [
-                _from_the_end(right_N[prediction.row_N == b].tolist(), len(answer))
-                for b, (_, answer) in enumerate(answers)
-            ]
-        return torch.zeros(()), [{} for _ in predictions]
+    def look(prediction: Prediction, head: Target | None) -> None:
+        right_N = _right(prediction, head)
+        found[prediction.position] = [
+            _from_the_end(right_N[prediction.row_N == b].tolist(), len(answer))
+            for b, (_, answer) in enumerate(answers)
+        ]
 
-    judge.needs_target = False  # type: ignore[attr-defined]
-    drafter(batch, target, judge)
+    drafter(batch, target, Look(look))
     positions = sorted(k for k in found if k >= 0)  # -1 is a changed target's own
     return [[found[k][b] for k in positions] for b in range(len(answers))]
 

@@ -13,7 +13,7 @@ from decoding.loop import decode
 from decoding.round import Draft, Seen
 from decoding.sampling import Sampling
 from decoding.target import Shape, Target
-from drafters.base import Batch, Drafter, Prediction, Trained
+from drafters.base import Batch, Drafter, Look, Prediction, Trained
 from train import compose
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,25 +73,11 @@ def packed(vocab: int, T: int = 24, seed: int = 0) -> Batch:
     return Batch(ids_BT, mask_BT, doc_BT)
 
 
-class Recorder:
-    """An objective that keeps what it is given to judge."""
-
-    def __init__(self, needs_target: bool = False) -> None:
-        self.needs_target = needs_target
-        self.seen: list[Prediction] = []
-
-    def __call__(
-        self, predictions: list[Prediction], target: Target | None
-    ) -> tuple[Tensor, list[dict]]:
-        self.seen += [prediction.guessed() for prediction in predictions]
-        return predictions[0].hidden_ND.sum() * 0, [{} for _ in predictions]
-
-
 def judged(drafter: Trained, batch: Batch, target: Target) -> list[Prediction]:
-    recorder = Recorder()
+    seen: list[Prediction] = []
     with torch.no_grad():
-        drafter.eval()(batch, target, recorder)
-    return sorted(recorder.seen, key=lambda prediction: prediction.position)
+        drafter.eval()(batch, target, Look(lambda prediction, _: seen.append(prediction)))
+    return sorted(seen, key=lambda prediction: prediction.position)
 
 
 def logits_of(prediction: Prediction, target: Target) -> Tensor:

@@ -10,7 +10,6 @@ from contract import (
     PROMPTS,
     SAMPLED,
     TRAINED,
-    Recorder,
     assert_drafted_as_trained,
     build,
     judged,
@@ -21,7 +20,7 @@ from contract import (
 from toys import sharpen, tiny_target
 
 from decoding.loop import decode
-from drafters.base import Trained, cast, save
+from drafters.base import Look, Prediction, Trained, cast, save
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -123,11 +122,11 @@ def test_the_targets_states_stand_beside_the_labels(target, family):
     """Distillation compares p and q of the same token: the state that predicts each label."""
     drafter = build(family, target.shape).double()
     batch = packed(40)
-    recorder = Recorder(needs_target=True)
+    seen: list[Prediction] = []
     with torch.no_grad():
-        drafter(batch, target, recorder)
+        drafter(batch, target, Look(lambda p, _: seen.append(p), needs_target=True))
         plain = target.logits(target(batch.ids_BT, doc_BT=batch.doc_BT).hidden_BTD)
-    for prediction in recorder.seen:
+    for prediction in seen:
         assert prediction.target_ND is not None
         reach = prediction.position + 1 + drafter.needs_target  # heads start one token earlier
         due = [
