@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-FIRST = 1800.0  # seconds; the first piece of a kind may compile, connect or wait for a slow disk
+FIRST = 1800.0  # seconds; the first piece of a kind may compile or read from a slow disk
 SLOWER = 10  # times the longest piece so far: what the next may take
 
 T = TypeVar("T")
@@ -23,10 +23,13 @@ class Pulse:
     least: dict[str, float] = field(default_factory=dict)  # what a kind is given in any case
 
     def limit(self, doing: str, hang_seconds: float) -> float:
-        """Seconds that a piece of this kind may take before it counts as hung."""
-        if doing not in self.longest:
-            return max(FIRST, hang_seconds)
-        return max(hang_seconds, SLOWER * self.longest[doing], self.least.get(doing, 0.0))
+        """Seconds that a piece of this kind may take, at work, before it counts as hung."""
+        rest = self.rest(doing, hang_seconds)
+        return max(rest, SLOWER * self.longest[doing] if doing in self.longest else FIRST)
+
+    def rest(self, doing: str, hang_seconds: float) -> float:
+        """Seconds that it may stand still: no process of it computes, reads or writes."""
+        return max(hang_seconds, self.least.get(doing, 0.0))
 
     def begin(self, doing: str) -> None:
         self.since, self.doing = time.monotonic(), doing
@@ -42,9 +45,11 @@ PULSE = Pulse()
 
 
 @contextmanager
-def item(doing: str) -> Iterator[None]:
-    """A piece of work, such as a training step: one that takes far longer than those before it
-    is a hang, and ends the job. Pieces do not nest: the inner one counts."""
+def item(doing: str, least: float = 0.0) -> Iterator[None]:
+    """A piece of work, such as a training step: one that takes far longer than those before it,
+    or stands still, is a hang and ends the job; it has `least` seconds in any case. Pieces do not
+    nest: the inner one counts."""
+    PULSE.least[doing] = least
     PULSE.begin(doing)
     try:
         yield

@@ -1,6 +1,8 @@
 """The command: `python -m train recipe=NAME`. Composes, checks, plans, runs."""
 
-import difflib
+import codecs
+import locale
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -9,15 +11,16 @@ from typing import Any, NoReturn
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.secrets import guard, redacted, refuse, refuse_word
-from train.compose import ROOT, check_name, refuse_commands, resolvers, unknown
+from train.compose import CONF, RECIPES, check_name, refuse_commands, resolvers
+from train.mistakes import explain, no_choice, options, quoted, several, unreadable
 
 SWEPT: list[tuple[int, float | None, str]] = []  # the runs of a sweep: code, speedup, overrides
-CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
 # Hydra's others read configurations from elsewhere, or a pickle
 SWITCHES = ("-m", "--multirun", "-c", "--cfg", "-p", "--package", "-i", "--info", "--resolve")
 HYDRA = ("hydra/sweeper", "hydra/launcher", "hydra.sweeper", "hydra.launcher", "hydra.sweep")
@@ -41,7 +44,7 @@ Parts to choose with group=name or group@stages.STAGE.KEY=name:
 
 def main() -> None:
     """Entry point; exit codes: 0 done, 2 bad input, 3 a check failed, 4 environment."""
-    sys.argv[1:] = [a for a in sys.argv[1:] if not re.match(r"--?local[_-]rank", a)]
+    sys.argv[1:] = [quoted(word) for word in _without_local_rank(sys.argv[1:])]
     resolvers()
     store = ConfigStore.instance()
     try:
@@ -60,6 +63,26 @@ def main() -> None:
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_task)()
     if SWEPT:
         sys.exit(_conclude())
+
+
+def _without_local_rank(words: list[str]) -> list[str]:
+    """What launchers add, in one word or two, is no setting."""
+    pairs = zip(["", *words], words, strict=False)
+    return [
+        word
+        for before, word in pairs
+        if not re.match(r"--?local[_-]rank", word)
+        and not (re.fullmatch(r"--?local[_-]rank", before) and word.isdecimal())
+    ]
+
+
+def _in_utf8() -> None:
+    """Starts again in UTF-8 where the locale says otherwise: words, files and output have letters
+    of all languages, whatever the terminal was set to. Once: children inherit the setting."""
+    asked, encoding = os.environ.get("PYTHONUTF8") == "1", locale.getencoding()
+    if not (sys.flags.utf8_mode or asked or codecs.lookup(encoding).name == "utf-8"):
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def help_text() -> str:
@@ -83,10 +106,7 @@ def _check(arguments: list[str]) -> None:
     pairs = zip(["", *arguments], arguments, strict=False)
     takes = ("-c", "--cfg", "-p", "--package", "-i", "--info")  # a word that is no override
     words = [a for before, a in pairs if not a.startswith("-") and before not in takes]
-    try:
-        overrides = OverridesParser.create().parse_overrides(words)
-    except HydraException as error:
-        _stop(f"{_one_line(error)}; write key=value")
+    overrides = _overrides(words)
     plain = []
     for override in overrides:
         key = str(override.key_or_group)
@@ -99,63 +119,33 @@ def _check(arguments: list[str]) -> None:
         chosen = str(override.input_line).partition("=")[2]
         if (key == "recipe" or (CONF / key).is_dir()) and re.search(r"[/\\]|\.\.", chosen):
             _stop(f"{override.input_line} leads out of conf/{key}, expected a name of a file there")
+        wrong = no_choice(override)
+        if wrong:
+            _stop(wrong)
+        if override.is_sweep_override() and not {"-m", "--multirun"} & set(arguments):
+            _stop(several(override))
         if override.is_sweep_override() and "glob(" in str(override.input_line):
             return  # Hydra expands it, and lists the options itself
         key = override.get_key_element()
         value = next(override.sweep_string_iterator()) if override.is_sweep_override() else None
         plain.append(f"{key}={value}" if value is not None else str(override.input_line))
     if not any(word.startswith("recipe=") for word in plain):
-        _stop(f"no recipe was chosen: add recipe=NAME, one of {_recipes()}")
+        _stop(f"no recipe was chosen: add recipe=NAME, one of {', '.join(options('recipe'))}")
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             hydra.compose("config", plain)
         except (HydraException, OmegaConfBaseException) as error:
-            _stop(_explain(error, plain))
+            _stop(explain(error, plain))
 
 
-def _explain(error: Exception, words: list[str]) -> str:
-    """One sentence for a composition error, with the names that would have been right."""
-    text = str(error)
-    missing = re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", text)
-    if missing:
-        group, name = missing.groups()
-        valid = sorted(
-            p.stem for p in (RECIPES if group == "recipe" else CONF / group).glob("*.yaml")
-        )
-        near = difflib.get_close_matches(name, valid, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        return f"there is no {group} {name!r}{hint} There are: {', '.join(valid)}"
-    struck = re.search(r"Could not override '([^']+)'", text)
-    if struck and "@" in struck.group(1):
-        return (
-            f"{struck.group(1)} is not in this recipe: correct it, or add it as +{struck.group(1)}"
-        )
-    if struck:
-        return _unknown_key(struck.group(1), words) or _one_line(error)
-    return _one_line(error)
-
-
-def _unknown_key(key: str, words: list[str]) -> str | None:
-    """The sentence for an override of a key that the configuration does not have."""
-    good = [w for w in words if "." not in w.split("=")[0] and w.split("=")[0].lstrip("+~/") != key]
-    node: Any = hydra.compose("config", good)
-    parts = key.split(".")
-    for i, part in enumerate(parts):
-        if not isinstance(node, DictConfig) or part not in node:
-            valid = [str(k) for k in node] if isinstance(node, DictConfig) else []
-            return unknown(".".join(parts[: i + 1]), part, valid)
-        node = OmegaConf.select(node, part)
-    return None
-
-
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    resolved = re.match(r"ValueError raised while resolving interpolation: (.*)", lines[0])
-    return resolved.group(1) if resolved else "; ".join(lines[:3])
-
-
-def _recipes() -> str:
-    return ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+def _overrides(words: list[str]) -> list[Override]:
+    parser, found = OverridesParser.create(), list[Override]()
+    for word in words:
+        try:
+            found += parser.parse_overrides([word])
+        except HydraException:
+            _stop(unreadable(word))
+    return found
 
 
 def _task(config: DictConfig) -> float | None:
@@ -163,7 +153,7 @@ def _task(config: DictConfig) -> float | None:
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        _stop(_one_line(error))
+        _stop(explain(error, []))
     assert isinstance(plain, dict)
     settings = {str(key): value for key, value in plain.items()}
     for switch in ("plan", "view", "advise"):
@@ -214,5 +204,6 @@ def _stop(sentence: str) -> NoReturn:
 
 
 if __name__ == "__main__":
+    _in_utf8()
     guard()
     main()

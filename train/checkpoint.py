@@ -27,6 +27,9 @@ NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 PART = re.compile(NAME.pattern + r"\.part")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 MIB = 2**20
+# A flush shows no progress while it lasts: storage that many share may take minutes for any, and
+# for a large one as long as the slowest disk needs.
+FLUSH, SLOWEST = 300.0, 10 * MIB  # seconds, bytes a second
 
 
 def save(
@@ -57,6 +60,12 @@ def save(
     else:
         print(f"{final.name} was written and does not verify, earlier ones stay: {why}", flush=True)
     return final
+
+
+def patience(state: dict[str, Tensor]) -> float:
+    """Seconds that a save may stand still before it counts as hung: one that storage holds for ever
+    must end the job, and one that it delays must not."""
+    return FLUSH + sum(tensor.nbytes for tensor in state.values()) / SLOWEST
 
 
 def newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]] | None:

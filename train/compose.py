@@ -23,8 +23,18 @@ from omegaconf import OmegaConf
 from data.secrets import refuse
 
 ROOT = Path(__file__).resolve().parent.parent
+CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
 ROOMS = ("decoding", "drafters", "data", "eval", "train")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of what becomes a file's or folder's name
+PLAIN = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    type(None): "null",
+    list: "a list [a, b, ...]",
+    Any: "anything",
+}
 ENVIRONMENT = {"DRAFTSMITH_SHARED": "../shared"}  # what a configuration may read, with defaults
 
 
@@ -159,7 +169,10 @@ def _bind(config: Any, place: str) -> None:
         _bind(value, f"{place}.{key}")
     for key, parameter in accepted.items():
         if parameter.default is parameter.empty and key not in config:
-            raise ValueError(f"{place}.{key} is missing: {cls.__name__} cannot do without it")
+            raise ValueError(
+                f"{place}.{key} is missing: {cls.__name__} cannot do without it; add "
+                f"+{place}.{key}=VALUE ({_name(_hints(cls).get(key, Any))})"
+            )
         if key in config:
             _fits(config[key], _hints(cls).get(key, Any), f"{place}.{key}")
 
@@ -261,16 +274,31 @@ def _slot(cls: type, hint: Any) -> bool:
 
 
 def _name(hint: Any) -> str:
-    name = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    if "Blueprint" in name:  # what a family becomes; nobody writes one
+    """What is expected, in words."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_name, inner))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, inner))
+    if origin in (list, tuple, Sequence):
+        return f"a list [a, b, ...], each {_name(inner[0])}" if inner else "a list [a, b, ...]"
+    if origin in (dict, Mapping) or hint is dict:
+        return "a mapping {name: value, ...}"
+    if hint in PLAIN:
+        return PLAIN[hint]
+    name = hint.__name__ if isinstance(hint, type) else str(hint)
+    if name == "Blueprint":  # what a family becomes; nobody writes one
         return (
             "a drafter that learns: lm, medusa, hydra_heads, clover, eagle, ... (the others are "
             "measured as stages.bench.baselines)"
         )
-    return re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", name).replace("None", "null")
+    return f"a mapping with a _target_ of class {name}" if isinstance(hint, type) else name
 
 
 def _show(value: Any) -> str:
-    return (
-        str(value["_target_"]) if isinstance(value, dict) and "_target_" in value else repr(value)
-    )
+    """As it is written in a command."""
+    if isinstance(value, dict) and "_target_" in value:
+        return str(value["_target_"])
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else repr(value)

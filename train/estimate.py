@@ -17,6 +17,8 @@ from decoding.target import Shape
 from drafters.base import Batch, Metrics
 from drafters.lm import LM
 from eval.bench import Bench
+from eval.skip_layers import SkipLayers
+from eval.tune_tree import TuneTree
 from train import decoded, loop
 from train.base import BaseTarget
 from train.cache import CacheStates
@@ -44,6 +46,7 @@ from train.plan import Planned
 from train.probe import SAVED, Measured, measure, random_batch, stand_in
 from train.scale import Work, held, kept, pass_bytes
 from train.schedule import Schedule
+from train.tuning import skipping, tuning
 
 STATE_BYTES = 12  # a trained parameter in a checkpoint: fp32 weight and two moments
 PACKER_BYTES = 60  # a token that is being packed, as Python's integers in three lists
@@ -125,6 +128,10 @@ def estimate(
         if shape and drafter_parameters(stage.config["drafter"], shape) is None:
             shape = None
         return caching(made, shape, ranks)
+    if isinstance(made, TuneTree):
+        return tuning(made, shape, rehearsed)
+    if isinstance(made, SkipLayers):
+        return skipping(made, shape, rehearsed)
     return Estimate("")
 
 

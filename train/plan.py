@@ -168,6 +168,8 @@ def _source(file: Path) -> str:
 
 def _stages(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The stages that are not null; one that only has settings was misspelt."""
+    if not isinstance(given, dict):
+        raise ValueError(f"stages is {given!r}; expected a mapping: set what is in it, stages.NAME")
     stages = {name: stage for name, stage in given.items() if stage is not None}
     whole = {n: dict(s) for n, s in stages.items() if isinstance(s, dict) and "_target_" in s}
     for name in stages:

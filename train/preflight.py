@@ -21,13 +21,25 @@ from train.compose import build, classes
 from train.estimate import estimate, shape_of_target
 from train.launch import Launch
 from train.machine import gib, memory_free, neighbours
-from train.passes import Estimate
+from train.passes import SHORT, Estimate
 from train.plan import Planned
 from train.track import Wandb
 
 SMALL = 64 * 2**20  # bytes of logs, tokenizers and reports that nobody counts
 PATIENCE = 10.0  # seconds that the Hub has for an answer
 UNNAMED = "your-name/"  # how a repository begins that nobody has named
+GENERATE = "data.generate.Generate"
+LOWER = {
+    "train.base.BaseTarget": "lower its schedule.micro_batch, or its layers and width",
+    "train.distill.Distill": (
+        "lower its schedule.micro_batch (a step stays batch_tokens), raise deepspeed.zero_stage, "
+        "or divide the target (target.parallel=zero3) or do without it (a cache, docs/scale.md)"
+    ),
+    GENERATE: "lower its batch_size, or divide the target (target.parallel=zero3)",
+    "eval.bench.Bench": "choose a smaller target, or divide it (target.parallel=zero3)",
+    "train.cache.CacheStates": "lower its batch_size, or divide the target (target.parallel=zero3)",
+    "eval.tune_tree.TuneTree": "choose a smaller target, lower its batch_size, or leave it out",
+}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -65,39 +77,48 @@ def _checks(
     stages: list[Planned], launch: Launch, root: Path, found: dict[str, Estimate]
 ) -> list[Callable[[], list[str]]]:
     return [
-        lambda: disk(root, {s.name: found[s.name] for s in stages}),
-        lambda: memory({s.name: found[s.name] for s in stages}, launch),
+        lambda: disk(root, stages, found),
+        lambda: memory(stages, found, launch),
         lambda: tracking(stages),
         lambda: hub(stages),
     ]
 
 
-def disk(root: Path, found: dict[str, Estimate]) -> list[str]:
+def disk(root: Path, stages: list[Planned], found: dict[str, Estimate]) -> list[str]:
     """What the stages will leave, with the checkpoint that stands beside two others while it is
-    written, against what is free."""
+    written, against what is free. Raises OSError where it is too little even if answers are
+    short."""
+    if not stages:
+        return []
     there = next(p for p in [root, *root.parents] if p.is_dir())
     free = shutil.disk_usage(there).free
-    left = sum(each.disk or 0 for each in found.values())
-    aside = max([each.aside for each in found.values()], default=0)
-    said = f"disk: {gib(left + aside)} needed ({gib(aside)} of it for a moment), {gib(free)} free"
-    if left + aside + SMALL > free:
-        large = max(found, key=lambda name: found[name].disk or 0)
-        raise OSError(
-            f"{said} in {there}; most is for stage {large} ({gib(found[large].disk or 0)}): free "
-            "some, or set output_dir to another disk"
-        )
-    return [said] if found else []
+    sizes = {s.name: found[s.name].disk or 0 for s in stages}
+    answers = sum(sizes[s.name] for s in stages if s.config["_target_"] == GENERATE)
+    aside = max(found[s.name].aside for s in stages)
+    most = sum(sizes.values()) + aside
+    said = f"disk: {gib(most)} needed ({gib(aside)} of it for a moment), {gib(free)} free"
+    if most + SMALL <= free:
+        return [said]
+    large = max(sizes, key=lambda name: sizes[name])
+    said += (
+        f" in {there}; most is for stage {large} ({gib(sizes[large])}): free some, or set "
+        "output_dir to another disk"
+    )
+    if most - (1 - SHORT) * answers + SMALL > free:
+        raise OSError(said)
+    return [f"warning: {said}. It may suffice, if answers are short"]
 
 
-def memory(found: dict[str, Estimate], launch: Launch) -> list[str]:
-    """What each stage certainly needs against what this machine has left. Several nodes, or a job
-    that a scheduler places, are other machines: each stage's own first step finds out there."""
-    if not found:
+def memory(stages: list[Planned], found: dict[str, Estimate], launch: Launch) -> list[str]:
+    """What each stage certainly needs against what this machine has left, and a warning for each
+    that may need more. Several nodes, or a job that a scheduler places, are other machines: each
+    stage's own first step finds out there."""
+    if not stages:
         return []
     if launch.how == "slurm" or launch.nodes > 1:
         return ["memory: the stages run on other machines; each measures a step before it trains"]
     free, here = memory_free(), neighbours(launch.world)
-    large = max(found, key=lambda name: found[name].floor)
+    large = max((s.name for s in stages), key=lambda name: found[name].floor)
     floor = found[large].floor
     said = f"memory: {gib(free)} free for {here} rank(s) here"
     if floor * here > free:
@@ -106,9 +127,22 @@ def memory(found: dict[str, Estimate], launch: Launch) -> list[str]:
             "raise deepspeed.zero_stage, or choose a smaller target or drafter, fewer ranks on "
             "this machine or a cache (docs/scale.md)"
         )
-    most = max(found, key=lambda name: found[name].memory or 0)
+    most = max((s.name for s in stages), key=lambda name: found[name].memory or 0)
     told = gib(found[most].memory or 0)
-    return [f"{said}; the most is needed by stage {most}, about {told} each"]
+    lines = [f"{said}; the most is needed by stage {most}, about {told} each"]
+    for stage in stages:
+        need = found[stage.name].memory or 0
+        if need * here > free:
+            lines.append(scarce(stage, need, f"each of {here} rank(s) here", free / here))
+    return lines
+
+
+def scarce(stage: Planned, need: float, where: str, have: float) -> str:
+    """The warning for a stage that may not fit."""
+    return (
+        f"warning: stage {stage.name} needs about {gib(need)} of memory on {where}, and there are "
+        f"{gib(have)}: {LOWER.get(stage.config['_target_'], 'choose a smaller target')}"
+    )
 
 
 def tracking(stages: list[Planned]) -> list[str]:

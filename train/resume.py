@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from decoding.pulse import item
 from decoding.ranks import Ranks
 from eval.controls import Failed
 from train import checkpoint
@@ -81,8 +82,16 @@ def save(folder: Path, engine: Engine, ranks: Ranks, at: Position) -> None:
     """Saves the engine's state with this position. Raises as `finite` does."""
     state = finite(engine, ranks, at)
     if ranks.first:
-        checkpoint.save(folder, at.step, state, asdict(at))
+        _write(folder, at.step, state, asdict(at))
     ranks.barrier()
+
+
+def _write(
+    folder: Path, step: int, state: dict[str, Tensor], said: dict[str, Any], keep: int = 2
+) -> None:
+    """Saves, watched: storage that never answers is a hang too."""
+    with item("save of a checkpoint", checkpoint.patience(state)):
+        checkpoint.save(folder, step, state, said, keep)
 
 
 def finite(engine: Engine, ranks: Ranks, at: Position) -> dict[str, Tensor]:
@@ -144,7 +153,7 @@ class Best:
         state = finite(engine, self.ranks, at)
         if self.ranks.first:
             weights = {name: state[name] for name, _ in engine.trained}
-            checkpoint.save(self.folder, at.step, weights, {"tau": tau}, keep=1)
+            _write(self.folder, at.step, weights, {"tau": tau}, keep=1)
         self.ranks.barrier()
 
     def give(self, engine: Engine) -> dict[str, float]:

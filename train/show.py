@@ -3,16 +3,28 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from decoding.target import Shape
+from train.base import BaseTarget
 from train.compose import bind, build
 from train.distill import Distill
 from train.estimate import drafter_parameters, estimate, learner_of, shape_of_target
 from train.launch import Launch
 from train.machine import gib
-from train.passes import Estimate
+from train.passes import BASE, Estimate, mapped
 from train.plan import Planned, changes
-from train.preflight import findings
-from train.scale import cache_bytes, stages_table, table
+from train.preflight import findings, scarce
+from train.scale import (
+    USABLE,
+    Hardware,
+    cache_bytes,
+    held,
+    kept,
+    pass_bytes,
+    stages_table,
+    table,
+)
 
 
 def show(name: str, config: dict[str, Any], stages: list[Planned], root: Path) -> None:
@@ -40,7 +52,9 @@ def show(name: str, config: dict[str, Any], stages: list[Planned], root: Path) -
             print(f"    {line}")
     print(f"\nto do: {_total([found[stage.name] for stage in stages if not stage.done])}")
     if hardware and shape:
-        print(*elsewhere(hardware, stages, shape, launch.world), sep="\n")
+        ranks = launch.world
+        lines = elsewhere(hardware, stages, shape, ranks)
+        print(*lines, *too_large(build(hardware), stages, shape, ranks, found), sep="\n")
     else:
         print(*findings(stages, launch, root, found), sep="\n")
 
@@ -69,6 +83,35 @@ def elsewhere(
             + ", ".join(f"{gib(size)} for {kind}" for kind, size in sizes),
         ]
     return lines
+
+
+def too_large(
+    gpu: Hardware, stages: list[Planned], shape: Shape, ranks: int, found: dict[str, Estimate]
+) -> list[str]:
+    """A warning for each stage to do that needs more than one such GPU can give it."""
+    have = USABLE * gpu.memory
+    needs = {s.name: _on_gpu(s, shape, ranks, found[s.name]) for s in stages if not s.done}
+    return [
+        scarce(stage, needs[stage.name], f"each {gpu.name}", have)
+        for stage in stages
+        if needs.get(stage.name, 0) > have
+    ]
+
+
+def _on_gpu(stage: Planned, shape: Shape, ranks: int, found: Estimate) -> float:
+    """Bytes of a stage on each of `ranks` GPUs: what it needs here without what a CPU adds."""
+    made = build(stage.config)
+    if isinstance(made, (BaseTarget, Distill)):
+        learner = learner_of(stage, made, shape, ranks)
+        if learner is None:
+            return 0
+        plan, work = learner.schedule, learner.work
+        step = kept(work, plan.dtype) + (pass_bytes(shape, work) if learner.passes else 0)
+        return held(work.parameters, plan.zero_stage, ranks, plan.dtype) + learner.weights + step
+    if found.memory is None or torch.cuda.is_available():
+        return found.memory or 0
+    parts = ranks if getattr(made, "target", None) and made.target.parallel else 1
+    return found.memory - BASE - mapped(shape, parts)
 
 
 def _sentence(found: Estimate) -> str:

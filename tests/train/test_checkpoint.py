@@ -6,15 +6,21 @@ import os
 import pickle
 import re
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from decoding.ranks import Ranks
 from drafters.files import damage, digests, write_json
 from tests.train import cuts
-from train import checkpoint
+from train import checkpoint, resume
+from train.processes import watch
 
 
 def state(step: int) -> dict[str, torch.Tensor]:
@@ -431,3 +437,39 @@ def test_a_reservation_takes_real_blocks(tmp_path: Path, monkeypatch):
         return str(caught.value)
 
     assert "No space left on device" in cuts.on_small_disk(tmp_path, int(2.6 * SIZE), work)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_save_that_storage_holds_for_ever_ends_the_job(answers, tmp_path, monkeypatch, capfd):
+    """And one that it holds for a while, longer than another piece of work may rest, does not."""
+    folder = tmp_path / "checkpoints"
+    saved(folder, 2)
+    monkeypatch.setattr(checkpoint, "FLUSH", 2.0 if not answers else 30.0)
+    monkeypatch.setattr(watch, "TURN", 0.2)
+    flushed = os.fsync
+    held = [3.0 if answers else 600.0]
+
+    def fsync(file: int) -> None:
+        time.sleep(held.pop() if held else 0)
+        flushed(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        engine: Any = SimpleNamespace(state=lambda: state(3))
+        watch.Watch(tmp_path, "", hang_seconds=1.0).begin()
+        resume.save(folder, engine, Ranks(), resume.Position(step=3))
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == (0 if answers else 4)
+    said = capfd.readouterr().err
+    assert ("hangs: its save of a checkpoint has stood still for" in said) != answers
+    found = checkpoint.newest(folder)
+    assert found is not None
+    assert found[1]["step"] == (3 if answers else 2)
+
+
+def test_a_larger_checkpoint_may_take_longer():
+    small, large = ({"w": torch.zeros(n * 2**18)} for n in (1, 40))
+    assert checkpoint.patience(large) - checkpoint.patience(small) == pytest.approx(3.9)

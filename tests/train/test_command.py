@@ -1,9 +1,10 @@
 """`python -m train`: what it says, how fast it says it, and what it leaves behind (nothing)."""
 
 import json
+import os
+import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,14 @@ from data.builtin import Builtin
 from decoding.target import Shape
 from eval import cost, rounds
 from tests.toys import tiny_model
-from tests.train.composing import ROOT, command, compose
+from tests.train.composing import LAUNCHED, ROOT, command, compose
 from train.__main__ import main
 from train.advise import run_advice
 from train.candidates import blueprints_of
+from train.mistakes import quoted
 from train.run import run_recipe
 
-PROMPTLY = 4.0  # seconds; two are promised, and the machine may be busy
+PROMPTLY = 4.0  # seconds of a processor; two are promised
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml"))
 
 MISTAKES = {
@@ -53,15 +55,15 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_sentence_with_the_valid_names_at_once(name: str, tmp_path: Path):
     arguments, said = MISTAKES[name]
-    begin = time.perf_counter()
+    before = os.times()
     done = command(*arguments, cwd=tmp_path)
-    seconds = time.perf_counter() - begin
+    spent = sum(os.times()[2:4]) - sum(before[2:4])  # of children: the machine may be busy
     assert done.returncode == 2
     assert said in done.stderr
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.strip().splitlines()) == 1
     assert "Traceback" not in done.stderr + done.stdout
-    assert seconds < PROMPTLY
+    assert spent < PROMPTLY
     assert list(tmp_path.iterdir()) == []
 
 
@@ -90,11 +92,118 @@ def test_help_lists_every_recipe_with_its_line(arguments: list[str]):
     assert "forward_kl" in done.stdout
 
 
-@pytest.mark.parametrize("argument", ["--local_rank=0", "--local-rank=1", "-local_rank=3"])
-def test_local_rank_is_not_hydras(argument: str):
-    done = command(argument, "recipe=quickstrt")
-    assert done.returncode == 2
-    assert "there is no recipe 'quickstrt'" in done.stderr
+@pytest.mark.parametrize("given", ["--local_rank=0", "--local-rank 1", "-local_rank 3"])
+def test_local_rank_is_not_hydras(given: str, monkeypatch, capsys):
+    words = [*given.split(), "recipe=quickstrt"]
+    assert refused(words, monkeypatch, capsys).startswith("there is no recipe 'quickstrt'")
+
+
+def test_a_number_behind_another_word_is_not_local_ranks(monkeypatch, capsys):
+    words = ["--local_rank=3", "4", "recipe=quickstart"]
+    assert refused(words, monkeypatch, capsys).startswith("4 cannot be read as a setting")
+
+
+def refused(words: list[str], monkeypatch, capsys) -> str:
+    """The one sentence with which the command ends, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["train", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    assert ended.value.code == 2
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert len(said.err.splitlines()) == 1
+    return said.err.removeprefix("error: ").rstrip()
+
+
+PRETRAIN, BENCH = "stages.pretrain", "stages.bench"
+MEANINGLESS = {
+    "missing": (f"{PRETRAIN}.schedule.tokens=???", "add stages.pretrain.schedule.tokens=VALUE"),
+    "missing part": (
+        "stages.generate.prompts=???",
+        "+data@stages.generate.prompts=NAME, one of bu",
+    ),
+    "missing elsewhere": ("seed=???", "is what seed is, and that has no value: add seed=VALUE"),
+    "no such key": ("output_dir=${nope}", "output_dir refers to ${nope}, which is not in this rec"),
+    "taken away": ("~seed", "stages.target.schedule.seed refers to ${seed}, which is not"),
+    "no such function": (
+        "output_dir=${nope:1}",
+        "output_dir calls a function, expected a value, $",
+    ),
+    "function": (
+        "output_dir=${env:}",
+        "output_dir calls a function, expected a value, ${KEY} or $",
+    ),
+    "environment": ("output_dir=${env:HOME}", "a configuration may read ['DRAFTSMITH_SHARED'] onl"),
+    "half": ("output_dir='${seed'", "output_dir is '${seed', which cannot be read: a reference is"),
+    "circle": ("output_dir=${output_dir}", "output_dir refers to itself: write a value"),
+    "list": (f"{PRETRAIN}.optim=[1,2]", "optim=[1,2] is no mapping, expected one: set what is in"),
+    "mapping": (
+        f"{BENCH}.temperatures={{a:1}}",
+        "is no list, expected one: write stages.bench.temp",
+    ),
+    "inside": (f"{PRETRAIN}.optim.lr.x=5", "stages.pretrain.optim.lr is 0.002 and holds no others"),
+    "no part": (
+        "launch=null",
+        "launch=null names no part; leave it out, or choose one of deepspeed",
+    ),
+    "number": (
+        "drafter=5",
+        "drafter=5 names no part; leave it out, or choose one of clover, clover2",
+    ),
+    "parts": ("drafter=[lm,eagle]", "drafter=[lm,eagle] names several, expected one of clover"),
+    "not there": ("~stages.finetune.nope", "stages.finetune.nope is not a setting. Valid names: _"),
+    "there": ("+seed=3", "seed is in this recipe already: write seed=VALUE, without the +"),
+    "sweep": (
+        f"{PRETRAIN}.optim.lr=1,2",
+        "gives several values: add --multirun, or write a list, ",
+    ),
+    "braces": (
+        "output_dir=a}b",
+        "output_dir=a}b cannot be read as a setting; write key=value, and",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MEANINGLESS)
+def test_a_value_without_a_meaning_is_one_sentence_of_ours(name: str, monkeypatch, capsys):
+    """Which key, what it is, what was expected, what to type; nothing of Hydra's or OmegaConf's."""
+    word, said = MEANINGLESS[name]
+    shown = refused(["recipe=quickstart", "plan=true", word], monkeypatch, capsys)
+    assert said in shown
+    assert not re.search(r"hydra\.|omegaconf|full_key|object_type|Config\b|Error", shown, re.I)
+
+
+C = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def test_words_of_all_alphabets_are_read_under_any_locale(tmp_path: Path):
+    done = command("recipe=quickstart", f"output_dir={tmp_path}/한국어 日本", "--cfg", "job", **C)
+    assert done.returncode == 0, done.stderr
+    assert f"\noutput_dir: {tmp_path}/한국어 日本\n" in done.stdout
+
+
+def test_whoever_forbids_utf8_is_obeyed_and_it_starts_once():
+    words = [sys.executable, "-X", "utf8=0", "-m", "train", "recipe=quickstrt"]
+    clean = {k: v for k, v in os.environ.items() if k not in LAUNCHED}
+    done = subprocess.run(words, cwd=ROOT, env=clean | C, capture_output=True, timeout=60)
+    assert b"did you mean 'quickstart'" in done.stderr
+
+
+QUOTED = {
+    "output_dir=/tmp/한국어": 'output_dir="/tmp/한국어"',
+    "+stages.x.y=가,b": '+stages.x.y="가","b"',
+    "output_dir=/tmp/plain": "output_dir=/tmp/plain",
+    "output_dir='/tmp/한국어'": "output_dir='/tmp/한국어'",
+    "a=[가,나]": "a=[가,나]",
+    "a=${가}": "a=${가}",
+    "--한국어": "--한국어",
+}
+
+
+@pytest.mark.parametrize("word", QUOTED)
+def test_other_alphabets_are_put_in_quotes_where_it_is_plain_what_is_meant(word: str):
+    assert quoted(word) == QUOTED[word]
 
 
 LATER = {
@@ -102,12 +211,25 @@ LATER = {
     "zero tokens": ("stages.finetune.schedule.tokens=0", "tokens 0, batch_tokens"),
     "zero batch": ("stages.target.schedule.batch_tokens=0", "batch_tokens 0"),
     "temperatures": ("stages.bench.temperatures=[]", "bench needs temperatures"),
-    "type": ("stages.finetune.optim.lr=abc", "stages.finetune.optim.lr is 'abc'; expected float"),
+    "type": (
+        "stages.finetune.optim.lr=abc",
+        "stages.finetune.optim.lr is 'abc'; expected a number",
+    ),
+    "literal": ("launch.how=slrum", "launch.how is 'slrum'; expected one of inline, deepspeed, to"),
+    "null": ("stages.finetune.schedule.tokens=null", "tokens is null; expected a whole number"),
+    "no number": (
+        "stages.bench.temperatures=0",
+        "is 0; expected a list [a, b, ...], each a number",
+    ),
+    "stages": ("stages=5", "stages is 5; expected a mapping: set what is in it"),
+    "taken": (
+        "~stages.finetune.schedule.tokens",
+        "add +stages.finetune.schedule.tokens=VALUE (a wh",
+    ),
     "new key": ("+stages.bench.limt=3", "stages.bench.limt is not a setting; did you mean 'limit'"),
     "new stage": ("+stages.fintune.schedule.tokens=5", "stages.fintune is not a setting; did you"),
     "no mapping": ("stages.pretrain=5", "stages.pretrain is not a setting"),
     "launch": ("launch.ranks=0", "launch.ranks is 0"),
-    "launcher": ("launch.how=slrum", "launch.how is 'slrum'"),
 }
 
 

@@ -194,26 +194,32 @@ def test_an_unknown_key_lists_the_valid_names(path: str):
 
 
 WRONG = {
-    "schedule.tokens": ("many", "schedule.tokens is 'many'; expected int"),
-    "schedule.seed": (True, "schedule.seed is True; expected int"),
-    "schedule.micro_batch": (1.5, "schedule.micro_batch is 1.5; expected int"),
-    "schedule.dtype": (16, "schedule.dtype is 16; expected str"),
-    "optim.lr": ("1e-3x", "optim.lr is '1e-3x'; expected float"),
-    "optim.betas": (0.9, "optim.betas is 0.9; expected tuple"),
+    "schedule.tokens": ("many", "schedule.tokens is 'many'; expected a whole number"),
+    "schedule.seed": (True, "schedule.seed is true; expected a whole number"),
+    "schedule.micro_batch": (1.5, "schedule.micro_batch is 1.5; expected a whole number"),
+    "schedule.dtype": (16, "schedule.dtype is 16; expected a text"),
+    "optim.lr": ("1e-3x", "optim.lr is '1e-3x'; expected a number"),
+    "optim.betas": (0.9, "optim.betas is 0.9; expected a list \[a, b, ...\], each a number"),
     "optim.betas.0": ("x", None),
-    "objective": ("ce", "objective is 'ce'; expected Loss"),
-    "schedule": (None, "schedule is None; expected Schedule"),
-    "target": ({"_target_": "train.objectives.CE"}, "is train.objectives.CE; expected Pretrained"),
+    "objective": ("ce", "objective is 'ce'; expected a mapping with a _target_ of class Loss"),
+    "schedule": (None, "schedule is null; expected a mapping with a _target_ of class Schedule"),
+    "target": (
+        {"_target_": "train.objectives.CE"},
+        "CE; expected a mapping with a _target_ of class Pretrained",
+    ),
     "drafter": (
         {"_target_": "drafters.ngram.Ngram"},
         "is drafters.ngram.Ngram; expected a drafter that learns",
     ),
-    "data": ({"_target_": "train.objectives.TV"}, r"expected Source \| null"),
-    "data.parts": ([1], r"parts is \[1\]; expected Mapping"),
-    "data.parts.a": (7, "expected Mapping"),
-    "data.parts.a.files": ([3], r"files is \[3\]; expected Sequence\[str\]"),
-    "drafter.width": ("64", r"width is '64'; expected int \| null"),
-    "drafter.sample": (1, "sample is 1; expected bool"),
+    "data": (
+        {"_target_": "train.objectives.TV"},
+        "expected a mapping with a _target_ of class Source or null",
+    ),
+    "data.parts": ([1], r"parts is \[1\]; expected a mapping {name: value, ...}"),
+    "data.parts.a": (7, "expected a mapping"),
+    "data.parts.a.files": ([3], r"files is \[3\]; expected a list \[a, b, ...\], each a text"),
+    "drafter.width": ("64", r"width is '64'; expected a whole number or null"),
+    "drafter.sample": (1, "sample is 1; expected true or false"),
 }
 
 
@@ -222,7 +228,7 @@ def test_a_value_of_the_wrong_type_is_named(path: str):
     value, said = WRONG[path]
     config = distill()
     if path == "optim.betas.0":
-        config["optim"]["betas"], said = ["x", 0.9], r"betas is \['x', 0.9\]; expected tuple"
+        config["optim"]["betas"], said = ["x", 0.9], r"betas is \['x', 0.9\]; expected a list"
     else:
         config = put(config, path, value)
     assert said is not None
@@ -233,7 +239,9 @@ def test_a_value_of_the_wrong_type_is_named(path: str):
 def test_what_is_missing_is_named():
     config = distill()
     del config["schedule"]["tokens"]
-    with pytest.raises(ValueError, match=r"stages.x.schedule.tokens is missing: Schedule cannot"):
+    with pytest.raises(
+        ValueError, match=r"stages.x.schedule.tokens is missing: Schedule cannot .*\(a whole number"
+    ):
         bind(config, "stages.x")
 
 

@@ -16,7 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from data.pack import Packed
+from decoding.target import Shape
 from drafters.base import Batch
+from eval.cost import SIZES
 from tests.tiny import write_target, write_texts
 from tests.train.composing import LAUNCHED, ROOT
 from train import estimate as estimating
@@ -27,6 +29,7 @@ from train.packing import VALIDATION_SEQUENCES
 from train.passes import packed_bytes
 from train.plan import Planned
 from train.probe import Live, Measured, longest, measure, probe, random_batch, require, stand_in
+from train.scale import target_flops
 from train.schedule import Schedule
 
 T, ROWS, STEPS = 64, 8, 6
@@ -284,8 +287,6 @@ def test_a_stand_in_has_the_shape_of_the_target(place: Path):
 
 
 def test_a_hub_target_that_is_shared_by_the_ranks_is_divided(monkeypatch: pytest.MonkeyPatch):
-    from decoding.target import Shape
-
     shape = Shape(96, 32, 3, 4, 4, 64, 128)
     config = {
         "_target_": "data.generate.Generate",
@@ -309,3 +310,52 @@ def test_a_hub_target_that_is_shared_by_the_ranks_is_divided(monkeypatch: pytest
     assert shares.seconds[1] - 5 == pytest.approx((most - 5) / 4)  # 5 s before any work
     assert parts.seconds[1] == most
     assert one.tokens == 100 * 512
+
+
+KOEN = Shape(8192, 384, 8, 6, 6, 1024, 1024)  # koen-17m's
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes that take as long as those of koen-17m took in the run below."""
+    milliseconds = {1: 5.2, 6: 5.6, 8: 5.75, 64: 10.1}
+
+    def known(shape: Shape, rows: int, tokens: int = 1, *, rehearsed: bool) -> float:
+        return milliseconds[tokens] / 1000
+
+    monkeypatch.setattr("train.tuning.round_cost", known)
+    monkeypatch.setattr("train.tuning.matrix_speed", lambda dtype: 1e11)
+
+
+TARGET = {"_target_": "decoding.pretrained.Pretrained", "path": "a/b"}
+
+
+def test_the_search_for_layers_takes_what_is_said(plain):
+    """A real one of 40 trials on two cores: 26.2 seconds, 5.2 ms a token without drafts."""
+    config = {"_target_": "eval.skip_layers.SkipLayers", "target": TARGET, "trials": 40}
+    said = estimate(Planned("skip_layers", config, {}, "0", Path("x")), KOEN)
+    assert said.seconds is not None
+    assert said.seconds[0] < 26.2 < said.seconds[1] < 10 * 26.2
+    assert "at most 13,312 tokens" in said.what  # (40 + 3 x 4) x 8 prompts x 32
+    assert said.memory is not None
+    assert said.memory > said.floor > 2 * KOEN.parameters()
+    assert estimate(Planned("skip_layers", config, {}, "0", Path("x")), None).seconds is None
+
+
+def test_tuning_a_tree_takes_what_is_said(plain):
+    config = {"_target_": "eval.tune_tree.TuneTree", "target": TARGET}
+    said = estimate(Planned("tune_tree", config, {}, "0", Path("x")), KOEN)
+    assert said.seconds is not None
+    # 26 turns of passes over 1 to 64 tokens and of each dtype's check, 5 s before any work
+    turns = 26 * sum(5.2 + 0.4 * min(m - 1, 5) / 5 + 4.5 * max(m - 6, 0) / 58 for m in SIZES)
+    least = 5 + (turns + 2 * 26 * 5.6) / 1000
+    reading = 400 * 512 * target_flops(KOEN, 512) / (1e11 * 0.35)
+    assert said.seconds == (
+        pytest.approx(least + reading / 8),
+        pytest.approx(least + 90 * 0.0052 + reading),
+    )
+    assert said.memory is not None
+    assert said.memory - said.floor > 4 * KOEN.parameters(), "both dtypes are held at once"
+    config["nodes"] = 4
+    fewer = estimate(Planned("tune_tree", config, {}, "0", Path("x")), KOEN)
+    assert fewer.seconds[0] < said.seconds[0]

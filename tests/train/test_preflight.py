@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 
+from decoding.target import Shape
 from train import machine, preflight
+from train.estimate import estimate
 from train.launch import Launch
 from train.passes import Estimate
 from train.plan import Planned
 from train.preflight import Refused, disk, findings, hub, memory, tracking
+from train.scale import USABLE, Hardware
+from train.show import too_large
 
 GIB = 2**30
 
@@ -30,37 +34,103 @@ def free(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+KINDS = {
+    "pretrain": "train.distill.Distill",
+    "finetune": "train.distill.Distill",
+    "generate": "data.generate.Generate",
+    "bench": "eval.bench.Bench",
+    "cache": "train.cache.CacheStates",
+    "tune_tree": "eval.tune_tree.TuneTree",
+    "skip_layers": "eval.skip_layers.SkipLayers",
+    "publish": "train.publish.Publish",
+}
+
+
+def stages(found: dict[str, Estimate]) -> list[Planned]:
+    return [stage(name, _target_=KINDS[name]) for name in found]
+
+
 def test_disk_of_all_stages_and_a_checkpoint_beside_two(free, tmp_path: Path):
     found = {
         "pretrain": Estimate("", disk=3 * GIB, aside=2 * GIB),
         "finetune": Estimate("", disk=4 * GIB, aside=1 * GIB),
         "publish": Estimate(""),
     }
-    (line,) = disk(tmp_path / "not there yet", found)
-    assert "9.0 GiB needed (2.0 GiB of it for a moment), 10.0 GiB free" in line
-    found["generate"] = Estimate("", disk=GIB)
+    (line,) = disk(tmp_path / "not there yet", stages(found), found)
+    assert line == "disk: 9.0 GiB needed (2.0 GiB of it for a moment), 10.0 GiB free"
+    found["cache"] = Estimate("", disk=GIB)
     with pytest.raises(
         OSError, match=r"most is for stage finetune \(4\.0 GiB\): free some, or set"
     ):
-        disk(tmp_path, found)
-    assert disk(tmp_path, {}) == []
+        disk(tmp_path, stages(found), found)
+    assert disk(tmp_path, [], {}) == []
+
+
+def test_disk_that_may_suffice_where_answers_are_short_is_a_warning(free, tmp_path: Path):
+    """How long they will be nobody knows, so that a start is not refused for it."""
+    found = {"generate": Estimate("", disk=60 * GIB), "finetune": Estimate("", disk=2 * GIB)}
+    (line,) = disk(tmp_path, stages(found), found)
+    assert line.startswith("warning: disk: 62.0 GiB needed ")
+    assert "10.0 GiB free" in line
+    assert line.endswith("output_dir to another disk. It may suffice, if answers are short")
+    found["finetune"].disk = 3 * GIB  # with an eighth of 60 GiB more than there is
+    with pytest.raises(OSError, match=r"63\.0 GiB needed .* most is for stage generate"):
+        disk(tmp_path, stages(found), found)
 
 
 def test_memory_that_is_certain_on_every_rank_here(free):
     found = {
-        "finetune": Estimate("", memory=6 * GIB, floor=3 * GIB),
-        "generate": Estimate("", memory=7 * GIB, floor=GIB),
+        "finetune": Estimate("", memory=3 * GIB, floor=3 * GIB),
+        "generate": Estimate("", memory=4 * GIB, floor=GIB),
     }
     two = Launch(how="torchrun", ranks=2)
-    (line,) = memory(found, two)
+    (line,) = memory(stages(found), found, two)
     assert "8.0 GiB free for 2 rank(s) here" in line
-    assert "stage generate, about 7.0 GiB each" in line
+    assert "stage generate, about 4.0 GiB each" in line
     with pytest.raises(
         OSError, match=r"stage finetune needs 3\.0 GiB on each .*raise deepspeed\.zero_stage"
     ):
-        memory(found, Launch(how="torchrun", ranks=3))
-    (line,) = memory(found, Launch(how="torchrun", ranks=4, nodes=2))
+        memory(stages(found), found, Launch(how="torchrun", ranks=3))
+    (line,) = memory(stages(found), found, Launch(how="torchrun", ranks=4, nodes=2))
     assert "other machines" in line
+
+
+def test_each_stage_that_may_not_fit_is_warned_of_with_what_to_change(free):
+    kinds = [name for name in KINDS if name != "publish"]
+    found = {name: Estimate("", memory=9 * GIB, floor=GIB) for name in kinds}
+    found |= {"pretrain": Estimate("", memory=2 * GIB), "publish": Estimate("")}
+    _, *warnings = memory(stages(found), found, Launch())
+    assert [line.split()[2] for line in warnings] == [k for k in kinds if k != "pretrain"]
+    said = "needs about 9.0 GiB of memory on each of 1 rank(s) here, and there are 8.0 GiB: "
+    assert all(said in line for line in warnings)
+    keys = ["schedule.micro_batch", "batch_size", "smaller target", "batch_size"]
+    assert all(key in line for key, line in zip(keys, warnings, strict=False))
+    assert len(memory(stages(found), found, Launch(how="torchrun", ranks=5))[1:]) == len(kinds)
+
+
+def test_what_named_gpus_cannot_hold_is_warned_of_in_every_stage():
+    """Without what a process on a CPU holds besides, and with the target once, or divided."""
+    shape = Shape(1000, 512, 8, 8, 8, 1536, 4096)
+    weights = 2 * shape.parameters()
+    target: dict[str, Any] = {"_target_": "decoding.pretrained.Pretrained", "path": "a/b"}
+    source = {"_target_": "data.sources.Local", "files": ["x.jsonl"], "prompt": "{x}"}
+    made = {"target": target, "prompts": source, "temperatures": [0.0]}
+    generate = stage("generate", _target_=KINDS["generate"], **made)
+
+    def said(memory: float, ranks: int = 1) -> list[str]:
+        gpu = Hardware(name="toy", memory=memory / USABLE, flops=1, bandwidth=1, link=1, network=1)
+        found = estimate(generate, shape, ranks, rehearsed=False)
+        return too_large(gpu, [generate], shape, ranks, {"generate": found})
+
+    room = 32 * (512 + 1024) * 8 * 2 * 512 * 2  # keys and values of a batch of answers
+    assert said(weights + room + 1) == []
+    (line,) = said(weights + room - 1)
+    assert line.startswith("warning: stage generate needs about ")
+    assert "on each toy, and there are " in line
+    assert "lower its batch_size" in line
+    target["parallel"] = "tensor"
+    assert said(weights / 2 + room + 1, ranks=2) == []
+    assert said(weights / 2 + room - 1, ranks=2)
 
 
 def test_what_control_groups_leave(tmp_path: Path):
@@ -184,7 +254,8 @@ def test_who_publishes(monkeypatch: pytest.MonkeyPatch):
 def test_a_plan_says_what_would_stop_and_goes_on(free, tmp_path: Path, monkeypatch):
     found = {"x": Estimate("", disk=20 * GIB, floor=9 * GIB, memory=9 * GIB)}
     monkeypatch.setattr(preflight, "hub", lambda stages: (_ for _ in ()).throw(Refused("gated")))
-    lines = list(findings([stage("x")], Launch(), tmp_path, found))
+    mine = [stage("x", _target_=KINDS["finetune"])]
+    lines = list(findings(mine, Launch(), tmp_path, found))
     stops = [line for line in lines if line.startswith("would not start here: ")]
     assert ["20.0 GiB needed" in stops[0], "one step" in stops[1], "gated" in stops[2]] == [
         True

@@ -19,7 +19,10 @@ from train.launch import Launch
 from train.processes import crew, watch, worker
 from train.processes.crew import Crew
 from train.processes.signs import position
+from train.processes.still import Still
 from train.processes.watch import Watch
+
+SPAN = 1.5  # seconds, in which SHARE is more than the grain of the system's clock
 
 
 class Ended(Exception):
@@ -45,7 +48,7 @@ def world(tmp_path: Path, monkeypatch) -> list[Watch]:
 
 def sign(world: list[Watch], rank: int, **more: object) -> None:
     here = {"turn": 1.0, "pid": os.getpid(), "host": socket.gethostname(), "where": "x.py, line 3"}
-    said = here | {"waits": False, "slow": False, "stuck": None} | more
+    said = here | {"waits": False, "slow": False, "late": False, "stuck": None} | more
     assert world[rank].store
     world[rank]._say(said)
 
@@ -87,11 +90,23 @@ def test_rank_0_is_watched_by_the_others_too(world, capsys):
 def test_the_rank_that_stands_still_is_named_and_not_those_that_wait_for_it(world, capsys):
     for rank in (0, 2):
         sign(world, rank, waits=True, slow=True)
-    sign(world, 1, slow=True, stuck=["step", 61])
+    sign(world, 1, slow=True, late=True, stuck=["step", 61])
     said = told(world, 0, 0.0, capsys)
     assert said.startswith("error: rank 1 (process")
     assert "its step has stood still for 61 seconds, in x.py, line 3" in said
     assert "rank 2" not in said
+
+
+def test_a_rank_at_rest_may_wait_for_one_at_work(world, capsys):
+    """Not every wait shows in a stack, so that rest alone is no hang while another rank works."""
+    sign(world, 1, slow=True, stuck=["step", 45])
+    sign(world, 2, waits=True)
+    assert told(world, 0, 0.0, capsys) == "", "rank 0 has not spoken"
+    sign(world, 0)
+    assert told(world, 0, 0.0, capsys) == "", "rank 0 works"
+    assert told(world, 2, 0.0, capsys) == "", "and is not judged by its rest alone"
+    sign(world, 0, waits=True)
+    assert "rank 1 (process" in told(world, 0, 0.0, capsys)
 
 
 def test_ranks_that_all_wait_for_each_other_are_ended(world, capsys):
@@ -113,6 +128,20 @@ def test_the_first_cause_is_told_once_and_known_to_all(world, capsys, tmp_path):
     world[0].leaving = True  # its main thread ends by itself
     world[0]._follow(note | {"code": 143})
     assert (tmp_path / "failed.json").is_file(), "on the disk of rank 0, where the command looks"
+
+
+def test_of_a_stop_nothing_is_told_when_the_store_has_gone_with_rank_0(world, capsys, monkeypatch):
+    class Gone:
+        def add(self, *_: object) -> int:
+            raise RuntimeError
+
+        set = check = add
+
+    monkeypatch.setattr(world[1], "store", Gone())
+    world[1].tell(143, "stopped")
+    assert capsys.readouterr().err == ""
+    world[1].tell(2, "there is no row 7")
+    assert capsys.readouterr().err == "error: rank 1: there is no row 7\n"
 
 
 def test_a_failing_rank_finds_the_dead_one_behind_its_error(world, capsys):
@@ -169,6 +198,81 @@ def test_a_lone_rank_that_hangs_ends_itself(tmp_path: Path, monkeypatch, capsys)
             alone._turn(time.monotonic() + 6)
     assert "its file has stood still for 6 seconds" in capsys.readouterr().err
     alone._turn(time.monotonic() + 1e6)  # outside of any piece of work
+
+
+def test_a_first_piece_that_stands_still_is_a_hang_and_one_at_work_is_none(
+    tmp_path: Path, monkeypatch, capsys
+):
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.setattr(watch, "_exit", end)
+    alone = Watch(tmp_path, "", hang_seconds=5.0)
+    asked: list[float] = []
+
+    def look(begun: float, now: float, seconds: float) -> bool:
+        asked.append(seconds)
+        return rests
+
+    monkeypatch.setattr(alone._still, "look", look)
+    with pulse.item("first of its kind", least=7.0):
+        rests = False
+        alone._turn(time.monotonic() + 1000)
+        rests = True
+        with pytest.raises(Ended):
+            alone._turn(time.monotonic() + 1000)
+    assert "its first of its kind has stood still for 1000 seconds" in capsys.readouterr().err
+    assert asked == [7.0, 7.0], "as long as it was given, though that is more than hang_seconds"
+    rests = False
+    with pulse.item("second"):
+        alone._turn(time.monotonic() + pulse.FIRST - 60)
+        with pytest.raises(Ended):
+            alone._turn(time.monotonic() + pulse.FIRST + 1)  # at work, but for ever
+
+
+AT_WORK = {
+    "rests": ("time.sleep(60)", True),
+    "computes": ("while True: pass", False),
+    "writes": ("while True: file.write(bytes(300_000)); time.sleep(.2)", False),
+    "computed and has ended": ("while time.process_time() < 0.7: pass", False),
+}
+
+
+@pytest.mark.parametrize("what", AT_WORK)
+def test_what_a_child_computes_reads_and_writes_is_work(what: str, tmp_path: Path):
+    """As a data loader's workers do while their rank waits for them."""
+    code, still = AT_WORK[what]
+    begin = "import sys, time\nfile = open(sys.argv[1], 'wb', 0)\nprint(flush=True)"
+    words = [sys.executable, "-c", f"{begin}\n{code}", str(tmp_path / "file")]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout
+        child.stdout.readline()
+        own = Still()
+        assert not own.look(1.0, 100.0, SPAN), "one look says nothing"
+        time.sleep(SPAN)
+        if "ended" in what:  # what it had used is now its parent's
+            child.wait()
+        assert own.look(1.0, 100.0 + SPAN, SPAN) == still
+        assert not own.look(2.0, 100.0 + SPAN, SPAN), "another piece of work"
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_only_the_last_seconds_count(monkeypatch):
+    used = [(0.0, 0), (0.0, 0), (9.0, 0), (9.0, 0), (9.0, 0), (9.02, 100), (9.02, 10**9)]
+    looks = iter(used)
+    monkeypatch.setattr("train.processes.still.used", lambda: next(looks))
+    own = Still()
+    found = [own.look(1.0, now, 4.0) for now in (1.0, 2.0, 4.0, 6.0, 8.0, 9.0, 10.0)]
+    assert found == [False] * 4 + [True, True, False]
+
+    def fails() -> None:
+        raise OSError
+
+    monkeypatch.setattr("train.processes.still.used", fails)
+    assert not own.look(1.0, 20.0, 4.0), "where nothing is seen nothing is said"
 
 
 def test_a_piece_may_take_as_long_as_those_before_let_expect(monkeypatch):

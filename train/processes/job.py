@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from train.compose import ROOT
-from train.processes.watch import FAILED, LEAVE, SAVE, STOPPED, stop_from_afar
+from train.processes.watch import ENVIRONMENT, FAILED, LEAVE, SAVE, STOPPED, stop_from_afar
 
 TURN = 1.0  # seconds
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -94,7 +94,9 @@ class Job:
                 grace = SAVE if note["code"] in STOPPED else 2 * LEAVE
                 deadline = min(deadline, time.monotonic() + grace)
         self._end(launcher)
-        return int(launcher.wait())
+        with suppress(subprocess.TimeoutExpired, psutil.TimeoutExpired):
+            return int(launcher.wait(timeout=LEAVE))
+        return ENVIRONMENT  # the system holds it in a call, as of storage that does not answer
 
     def _send(self, launcher: Any, number: int) -> None:
         """To each rank of this machine; they tell those of others (train/processes/watch.py)."""

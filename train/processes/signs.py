@@ -1,8 +1,8 @@
 """What a rank says of itself to the others (train/processes/watch.py), read and put into sentences.
 
 A sign has: turn (when it was given), pid, host, where (a place in this repository), waits (for
-other ranks), slow (a piece of work takes too long), stuck ([what, seconds] where it is slow and
-does not wait).
+other ranks), late (a piece of work takes too long), slow (late, or the piece stands still), stuck
+([what, seconds] where it is slow and does not wait).
 """
 
 import socket

@@ -23,7 +23,8 @@ from data.secrets import redacted
 from decoding.pulse import PULSE
 from decoding.ranks import address, ranks
 from drafters.base import write_json
-from train.processes.signs import GOES_ON, ended, hung, lives, position, who
+from train.processes.signs import GOES_ON, Sign, ended, hung, lives, position, who
+from train.processes.still import Still
 
 ENVIRONMENT, STOPPED = 4, (130, 143)
 TURN = 2.0  # seconds
@@ -39,7 +40,7 @@ class Watch:
     """Of this rank, from `begin` to `end`; of the others too, where there are several.
 
     folder: the stage's; job: what the command calls this start; hang_seconds: how long a piece of
-    work (decoding/pulse.py) may stand still.
+    work may stand still, or take if those before it were quick (decoding/pulse.py).
     """
 
     def __init__(self, folder: Path, job: str, hang_seconds: float) -> None:
@@ -54,6 +55,7 @@ class Watch:
         for end in (self._signals, wakes):
             end.setblocking(False)
         self._wakes = wakes
+        self._still = Still()
         self._seen: dict[int, tuple[Any, float]] = {}  # by rank: its last sign, and when it came
         self._late = time.monotonic()
 
@@ -80,7 +82,7 @@ class Watch:
     def tell(self, code: int, sentence: str, trace: str = "") -> None:
         """Prints the sentence, unless another rank has told its own, and leaves the code for the
         command: a launcher reports one of its own."""
-        if not self._first():
+        if not self._first(code):
             return
         note = {"code": code, "error": sentence} | ({"job": self.job} if self.job else {})
         self._leave_note(note)
@@ -117,12 +119,12 @@ class Watch:
             time.sleep(0.2)
         return None
 
-    def _first(self) -> bool:
+    def _first(self, code: int) -> bool:
         """Whether no rank has told a cause before."""
         try:
             return self.store.add("claim", 1) == 1 if self.store else self._speaks
-        except RuntimeError:
-            return self._speaks
+        except RuntimeError:  # rank 0 has left with the store; of a stop it has told before
+            return self._speaks and (code not in STOPPED or self.rank == 0)
 
     def _leave_note(self, note: dict[str, Any]) -> None:
         if self.folder.is_dir():  # on a node that shares no disk there is none, and none is made
@@ -155,14 +157,9 @@ class Watch:
                     return
 
     def _turn(self, now: float) -> None:
-        waits, where = position(self.main.ident)
-        doing, since = PULSE.doing, PULSE.since
-        slow = doing is not None and now - since > PULSE.limit(doing, self.hang_seconds)
-        stuck = [doing, round(now - since)] if slow and not waits else None
-        mine = {"turn": now, "pid": os.getpid(), "host": socket.gethostname()}
-        mine |= {"where": where, "waits": waits, "stuck": stuck, "slow": slow}
+        mine = self._state(now)
         if self.store is None:
-            if stuck:
+            if mine["stuck"]:
                 self._accuse(hung(self.rank, mine))
             return
         heard = self.told.is_set()
@@ -176,7 +173,20 @@ class Watch:
             self._pass_on()
         self._judge(now)
 
-    def _say(self, sign: dict[str, Any]) -> None:
+    def _state(self, now: float) -> Sign:
+        """What the main thread is at."""
+        waits, where = position(self.main.ident)
+        doing, since = PULSE.doing, PULSE.since
+        late = still = False
+        if doing is not None and now - since > TURN:
+            late = now - since > PULSE.limit(doing, self.hang_seconds)
+            still = self._still.look(since, now, PULSE.rest(doing, self.hang_seconds))
+        slow = late or still
+        stuck = [doing, round(now - since)] if slow and not waits else None
+        here = {"turn": now, "pid": os.getpid(), "host": socket.gethostname(), "where": where}
+        return here | {"waits": waits, "slow": slow, "late": late, "stuck": stuck}
+
+    def _say(self, sign: Sign) -> None:
         if self.store:
             self.store.set(f"sign/{self.rank}", json.dumps(sign))
 
@@ -192,14 +202,17 @@ class Watch:
         dead = self._dead(signs, now)
         if dead and not self.cause():
             self._accuse(dead)
-        stuck = [hung(rank, sign) for rank, sign in signs.items() if sign["stuck"]]
+        all_spoke = len(signs) == self.world
+        # one that stands still may wait, in a way that its stack does not show, for one at work
+        at_rest = all_spoke and all(s["slow"] or s["waits"] for s in signs.values())
+        stuck = [hung(r, s) for r, s in signs.items() if s["stuck"] and (s["late"] or at_rest)]
         if stuck:
             self._accuse("; ".join(stuck[:NAMED]))
-        if len(signs) == self.world and all(s["slow"] and s["waits"] for s in signs.values()):
+        if all_spoke and all(s["slow"] and s["waits"] for s in signs.values()):
             places = "; ".join(f"rank {r} in {s['where']}" for r, s in list(signs.items())[:NAMED])
             self._accuse(f"all ranks wait for each other and none comes: {places}")
 
-    def _signs(self, judged: range) -> dict[int, dict[str, Any]]:
+    def _signs(self, judged: range) -> dict[int, Sign]:
         """What these ranks said last, without those that have yet to speak or have left."""
         assert self.store is not None
         store = self.store
@@ -208,7 +221,7 @@ class Watch:
         signs = {rank: json.loads(text) for rank, text in zip(speak, raw, strict=True)}
         return {r: s for r, s in signs.items() if not store.check([f"left/{r}"])}
 
-    def _dead(self, signs: dict[int, dict[str, Any]], now: float) -> str:
+    def _dead(self, signs: dict[int, Sign], now: float) -> str:
         """A sentence on the first rank that has ended or fallen silent; empty if there is none."""
         for rank, sign in signs.items():
             if rank == self.rank:

@@ -30,7 +30,7 @@ class Faulty:
             ranks.decide(lambda: time.sleep(float(os.environ["LONG"])))
         for step in range(10_000 if self.fault == "until told" else STEPS):
             with item("step"):
-                if step == 2 and ranks.rank == 1:
+                if step == (0 if self.fault == "first" else 2) and ranks.rank == 1:
                     self.fail()
                 ranks.barrier()
                 time.sleep(0.05)
@@ -48,7 +48,7 @@ class Faulty:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.fault == "raise":
             raise ValueError("there is no row 7 in data.jsonl; 한국어")
-        if self.fault == "sleep":
+        if self.fault in ("sleep", "first"):
             time.sleep(1e6)
         if self.fault == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
