@@ -9,7 +9,7 @@ from data.rows import Row
 LOOK = 4_000  # characters of a text that are looked at
 FEWEST = 20  # rows below which shares say nothing
 BROKEN = 0.2  # share of rows in broken characters above which it is the file that is wrong
-REPEATED = 0.5  # share of rows that repeat earlier ones above which it is the file that is wrong
+REPEATED = 0.8  # the same of rows that repeat earlier ones; NLI sets have each premise three times
 REMEMBERED = 2_000_000  # rows of a source among which repeated ones are found
 MOJIBAKE, REPEAT = "in broken characters", "repeated"
 FOREIGN = re.compile(r"[^\x00-\x7f]+")
