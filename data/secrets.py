@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 HIDDEN = "***"
@@ -38,7 +39,7 @@ def refuse(value: Any, place: str) -> None:
         for number, inner in enumerate(value):
             refuse(inner, f"{place}[{number}]")
     elif isinstance(value, str):
-        if LOOKS.search(value):
+        if redacted(value) != value:
             raise ValueError(sentence(place))
         if "\0" in value:
             raise ValueError(f"{place} holds a NUL character, expected text without: correct it")
@@ -50,6 +51,15 @@ def refuse_word(word: str) -> None:
     named = KEYS.fullmatch(key.rpartition(".")[2].lstrip("+~"))
     if LOOKS.search(word) or (named and value and not value.isdecimal()):
         raise ValueError(sentence(redacted(key)))
+
+
+def refuse_file(path: Path, name: str) -> None:
+    """Raises ValueError, without the line itself, for a text file, called `name`, that shows a
+    secret."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if redacted(line) != line:
+                raise ValueError(sentence(f"line {number} of {name}"))
 
 
 def sentence(place: str) -> str:

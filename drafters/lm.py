@@ -98,7 +98,10 @@ class LM(Trained):
 
         if self.checkpoint:
             model = AutoModelForCausalLM.from_pretrained(
-                self.checkpoint, dtype=torch.float32, trust_remote_code=False
+                self.checkpoint,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                use_safetensors=True,
             )
             self.model.load_state_dict(model.state_dict())
 
@@ -168,6 +171,7 @@ class LM(Trained):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto",
+            use_safetensors=True,
             output_loading_info=True,
             local_files_only=True,
             trust_remote_code=False,
