@@ -1,24 +1,36 @@
-"""Stage `publish`: a folder ready for the Hub, whose card says what was measured."""
+"""Stage `publish`: a folder whose card says what was measured, and its upload to the Hub."""
 
-import json
+import hashlib
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-
-from decoding.pretrained import DTYPES, Pretrained
-from drafters.base import weights, write_json
-from train.processes.worker import environment
+from decoding.pretrained import Pretrained
+from drafters.base import NOTE
+from drafters.files import write_json
+from drafters.published import require_name
+from eval.bootstrap import FASTER, SLOWER
+from eval.controls import Failed
+from eval.markdown import interval, number, times
+from eval.sections import sentence
+from train.publishing import assembled, hub
+from train.publishing.card import Facts, card
+from train.publishing.provenance import RECIPE, note_of, provenance, recipe, to_give, trace
+from train.publishing.staged import frozen
 
 CARRIED = ("report.json", "report.md", "report.html", "report.png", "runs.jsonl")
+MANIFEST = "manifest.json"
+LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,8})?|code|multilingual")  # what the Hub takes
 
 
 class Publish:
-    """Assembles drafter, tokenizer, model card and evidence.
+    """Assembles drafter, tokenizer, card and evidence, and uploads them as one commit.
 
     language: codes for the card; licence: of the drafter's weights, which the data decide;
-    repository: where it will live on the Hub.
+    repository: user/name on the Hub; null: the folder is made and nothing is uploaded.
+    private: of a repository that is not there yet; tag: the revision's name.
+    force: uploads also what `objections` speak against; the card says so in its first lines.
     """
 
     def __init__(
@@ -27,227 +39,170 @@ class Publish:
         target: Pretrained,
         language: list[str],
         licence: str,
-        repository: str = "your-name/your-drafter",
+        repository: str | None = None,
+        private: bool = True,
+        tag: str | None = None,
+        force: bool = False,
     ) -> None:
+        for code in language:
+            if not LANGUAGE.fullmatch(code):
+                raise ValueError(
+                    f"publish.language has {code!r}, expected ISO 639 codes such as ko: write one"
+                )
+        if repository is not None:
+            require_name(repository)
+        if tag is not None and not hub.TAG.fullmatch(tag):
+            raise ValueError(f"publish.tag is {tag!r}, expected a name such as v1: correct it")
         self.target, self.language, self.licence = target, language, licence
-        self.repository = repository
+        self.repository, self.private, self.tag, self.force = repository, private, tag, force
+
+    def fingerprint(self) -> str:
+        """Of the code that writes the folder: another card is another publication."""
+        digest = hashlib.sha256()
+        for file in sorted(Path(hub.__file__).parent.glob("*.py")):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
+
+    def rehearse(self) -> str:
+        """What publishing would do on the Hub, in a line; changes nothing there. Raises ValueError
+        where token, scope or repository do not allow it."""
+        assert self.repository is not None, "nothing is uploaded without a repository"
+        return hub.check(self.repository, private=self.private)
 
     def run(
-        self, out: Path, *, drafter: Path, report: Path, target: Path | None = None
+        self,
+        out: Path,
+        *,
+        drafter: Path,
+        report: Path,
+        target: Path | None = None,
+        export: Path | None = None,
+        serve: Path | None = None,
+        parent: Path | None = None,
     ) -> dict[str, float]:
-        """Writes artifact/ and returns its size in bytes."""
+        """Writes artifact/ and returns its size in bytes; with a repository, uploads it. `export`,
+        `serve` and `parent` name stages whose formats, runs in engines and comparison with the
+        drafter that training started from come along."""
+        measured = assembled.read(report / "report.json")
+        _require_of(drafter, report)
+        compared = assembled.read(parent / "comparison.json") if parent else None
+        why = objections(measured, compared)
+        if why and self.repository and not self.force:
+            raise Failed(
+                f"not published: {'; '.join(why)}. Train on, or set stages.publish.force=true: the "
+                "card then says this first"
+            )
+        stages: dict[str, Path] = {}
+        for made in filter(None, (drafter, report, export, parent)):
+            trace(made, stages)
         folder, part = out / "artifact", out / "artifact.part"
         shutil.rmtree(part, ignore_errors=True)
+        assembled.refuse_links(drafter)
         shutil.copytree(drafter, part)
-        measured = json.loads((report / "report.json").read_text(encoding="utf-8"))
         for name in CARRIED:
             shutil.copy2(report / name, part / name)
-        as_measured(part, measured["conditions"])
-        revision = measured["conditions"].get("target_revision")
-        provenance = self._provenance(drafter, report, revision)
-        card = self._card(part, measured, provenance, target)
-        (part / "README.md").write_text(card, encoding="utf-8")
-        write_json(part / "provenance.json", provenance)
+        assembled.as_measured(part, measured["conditions"])
+        if parent:
+            shutil.copy2(parent / "comparison.json", part / "comparison.json")
+        formats = assembled.formats(export, part) if export else {}
+        facts = self._facts(part, measured, stages, target, formats, serve, compared, why)
+        (part / "README.md").write_text(card(facts), encoding="utf-8")
+        files = frozen(part)
+        write_json(part / MANIFEST, {"files": files})
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
-        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        size = sum(file["bytes"] for file in files.values())
         print(f"ready for the Hub: {folder} ({size / 2**20:.1f} MiB)", flush=True)
+        for line in why:
+            print(f"mind: {line}", flush=True)
+        if self.repository:
+            self._upload(self.repository, folder, out, measured)
         return {"bytes": size}
 
-    def _card(
+    def _facts(
         self,
-        folder: Path,
+        part: Path,
         measured: dict[str, Any],
-        provenance: dict[str, Any],
+        stages: dict[str, Path],
         target: Path | None,
-    ) -> str:
-        name = self.target.name
-        base = name if name == self.target.path and not target else None  # a Hub id
-        head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-        head += [f"license: {self.licence}", "language:", *(f"- {code}" for code in self.language)]
-        if base:
-            head += [f"base_model: {base}"]
-        head += ["tags:", "- speculative-decoding", "- draft-model", "---"]
-        lossless = (
-            "Speculative decoding with it is lossless: greedy answers equal the target's, sampled "
-            "ones follow its law. What was checked stands under Controls."
-        )
-        if change := measured["conditions"].get("target_change"):
-            lossless = (
-                f"**It does not leave the target as it was:** {change['said']}. The matrices are "
-                "in `target_adapter` (peft); merge them into the target before you serve it."
-            )
-        body = (folder / "report.md").read_text(encoding="utf-8")
-        return "\n".join(
-            [
-                *head,
-                "",
-                f"# A draft model for {name}",
-                "",
-                "It guesses; the target checks several tokens in one pass and stays the author. "
-                + lossless,
-                "",
-                "## Use",
-                "",
-                _use(
-                    json.loads((folder / "drafter.json").read_text(encoding="utf-8"))["family"],
-                    base or "path/to/target",
-                    self.repository,
-                ),
-                "",
-                "## What it was trained on",
-                "",
-                *_data_lines(provenance),
-                "",
-                "## What was measured",
-                "",
-                body,
-            ]
+        formats: dict[str, Any],
+        serve: Path | None,
+        compared: dict[str, Any] | None,
+        why: list[str],
+    ) -> Facts:
+        """What the card says; writes provenance.json and recipe.yaml, of which it speaks."""
+        name, revision = self.target.name, measured["conditions"].get("target_revision")
+        text = recipe(stages, f"Makes the draft model for {name} that it was published with.")
+        (part / RECIPE).write_text(text, encoding="utf-8")
+        if serve:  # whose engines another machine may not have
+            trace(serve, stages)
+        known = provenance(stages, {"name": name, "revision": revision})
+        write_json(part / "provenance.json", known)
+        return Facts(
+            family=assembled.read(part / NOTE)["family"],
+            target=name,
+            base=name if name == self.target.path and not target else None,  # a Hub id
+            repository=self.repository,
+            language=self.language,
+            licence=self.licence,
+            report=measured,
+            provenance=known,
+            objections=why,
+            served=assembled.served(serve, part) if serve else None,
+            comparison=compared,
+            formats=formats,
+            missing=to_give(text),
         )
 
-    def _provenance(self, drafter: Path, report: Path, revision: str | None) -> dict[str, Any]:
-        stages: dict[str, dict[str, Any]] = {}
-        _trace(drafter, stages)
-        _trace(report, stages)
-        return {
-            "stages": stages,
-            "environment": environment(),
-            "target": {"name": self.target.name, "revision": revision},
-        }
+    def _upload(self, repository: str, folder: Path, out: Path, measured: dict[str, Any]) -> None:
+        said = [sentence(entry) for entry in measured["headline"][:1]]
+        commit = hub.upload(
+            folder,
+            repository,
+            private=self.private,
+            tag=self.tag,
+            message=" ".join([f"A draft model for {self.target.name}.", *said]),
+        )
+        write_json(out / "published.json", {"repository": repository, "commit": commit})
+        print(f"published: {repository} at commit {commit}", flush=True)
 
 
-def _trace(artifact: Path, stages: dict[str, dict[str, Any]]) -> None:
-    """Adds the stage that made the artifact, after those that it was made from."""
-    note = json.loads((artifact.parent / "stage.json").read_text(encoding="utf-8"))
-    for source in note["inputs"].values():
-        _trace(Path(source), stages)
-    stages[note["name"]] = {
-        "fingerprint": note["fingerprint"],
-        "needs": {name: Path(place).parent.name for name, place in note["inputs"].items()},
-        "config": _without_folders(note["config"]),
-    }
+def objections(measured: dict[str, Any], compared: dict[str, Any] | None) -> list[str]:
+    """Why this drafter should not be published, each with its numbers; [] for a good one.
 
-
-def _without_folders(config: Any) -> Any:
-    """The configuration with absolute paths cut to their names: the rest is this machine's."""
-    if isinstance(config, dict):
-        return {key: _without_folders(value) for key, value in config.items()}
-    if isinstance(config, list):
-        return [_without_folders(item) for item in config]
-    if isinstance(config, str) and Path(config).is_absolute():
-        return Path(config).name
-    return config
-
-
-def _data_lines(provenance: dict[str, Any]) -> list[str]:
-    """A line for each source that a stage before the measurement read, with its licence."""
-    lines = []
-    for stage, body in provenance["stages"].items():
-        if body["config"]["_target_"] == "eval.bench.Bench":
-            continue
-        for source in sources_in(body["config"]):
-            said = source.get("licence") or "not stated"
-            lines.append(f"- {stage}: {_called(source)} (licence: {said})")
-    return lines
-
-
-def sources_in(config: Any) -> list[dict[str, Any]]:
-    """The configurations of sources in a stage's, those inside a Mix one by one."""
-    if isinstance(config, list):
-        return [found for item in config for found in sources_in(item)]
-    if not isinstance(config, dict):
-        return []
-    if config.get("_target_") in ("data.sources.Local", "data.sources.Hub", "data.builtin.Builtin"):
-        return [config]
-    return [found for value in config.values() for found in sources_in(value)]
-
-
-def _called(source: dict[str, Any]) -> str:
-    if "files" in source:
-        return ", ".join(source["files"])
-    if "path" in source:
-        return " ".join(p for p in (source["path"], source.get("name"), source.get("split")) if p)
-    return f"Python's own {source['kind']} text"
-
-
-def as_measured(folder: Path, conditions: dict[str, Any]) -> None:
-    """Gives the files the dtype and the shape of draft that were measured.
-
-    `generate(assistant_model=...)` reads the draft length from the drafter's own
-    generation_config.json, our loader from drafter.json.
+    At batch 1 it has to be faster than no drafting at one temperature at least, the whole interval
+    above 1, and slower at none, the whole interval below 1. All controls have to have passed. A
+    fine-tune has to be nowhere worse than its parent.
     """
-    dtype = DTYPES[conditions["dtype"]]
-    for file in folder.rglob("*.safetensors"):
-        tensors = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in load_file(file).items()
-        }
-        save_file(tensors, file, metadata={"format": "pt"})
-    _change(folder / "config.json", {"dtype": conditions["dtype"]})
-    draft = conditions["draft"]
-    _change(
-        folder / "generation_config.json",
-        {
-            "num_assistant_tokens": draft.get("draft_length"),
-            "num_assistant_tokens_schedule": "constant",
-            "assistant_confidence_threshold": draft["stop_below"],
-        },
-    )
-    note = json.loads((folder / "drafter.json").read_text(encoding="utf-8"))
-    note["arguments"].pop("tree", None)
-    note["arguments"] |= draft
-    if note["arguments"].get("checkpoint"):  # its architecture is in config.json
-        note["arguments"]["checkpoint"] = Path(note["arguments"]["checkpoint"]).name
-    note["files"] = weights(folder)
-    write_json(folder / "drafter.json", note)
+    controls, entries = measured["controls"], measured["headline"]
+    why = [
+        f"the control {name} failed: {control['found']}"
+        for name, control in controls.items()
+        if not control["passed"]
+    ]
+    if not controls:
+        why.append("no control was run, so nothing vouches for its figures")
+    why += [sentence(entry).rstrip(".") for entry in entries if entry["verdict"] == SLOWER]
+    undecided = [sentence(e).rstrip(".") for e in entries if e["verdict"] not in (FASTER, SLOWER)]
+    if not any(e["verdict"] == FASTER for e in entries) and (undecided or not entries):
+        told = "; ".join(undecided) or "not measured"
+        why.append(f"at batch 1 it was not shown to be faster than no drafting ({told})")
+    worse = [row for row in (compared or {"rows": []})["rows"] if row["verdict"] == "worse"]
+    return why + [
+        f"on {row['set']}, temperature {row['temperature']:g}, its {row['said']} is worse than "
+        f"that of the drafter which it was trained on from: {interval(row['ratio'], times)} as "
+        f"fast, tau {number(row['tau']['after']['value'])} after "
+        f"{number(row['tau']['before']['value'])}"
+        for row in worse
+    ]
 
 
-def _change(file: Path, settings: dict[str, Any]) -> None:
-    if file.is_file():
-        write_json(file, json.loads(file.read_text(encoding="utf-8")) | settings)
-
-
-def _use(family: str, target: str, drafter: str) -> str:
-    """How to serve it: an `lm` in transformers; heads with this project's own loop."""
-    if family == "lm":
-        return _snippet(target, drafter)
-    return f"""These are draft heads of the family `{family}` (`model.safetensors`, `config.json`;
-`drafter.json` names the family and the shape of draft that was measured):
-
-```python
-from pathlib import Path
-
-from huggingface_hub import snapshot_download
-from transformers import AutoTokenizer
-
-from decoding.loop import decode
-from decoding.pretrained import Pretrained
-from decoding.sampling import Sampling
-from drafters.base import cast, load
-
-folder = Path(snapshot_download("{drafter}"))
-tokenizer = AutoTokenizer.from_pretrained(folder)  # the target's, with the template measured
-target = Pretrained(path="{target}").load()
-drafter = cast(load(folder, target.shape), target.dtype).to(target.device)
-target = drafter.on(target)  # itself, unless the family changes it
-messages = [{{"role": "user", "content": "..."}}]
-ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-done = decode(target, drafter, [ids], sampling=Sampling(), max_new_tokens=256)
-print(tokenizer.decode(done.answers[0].ids))
-```"""
-
-
-def _snippet(target: str, drafter: str) -> str:
-    return f"""```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-# the target's, with the chat template that was measured
-tokenizer = AutoTokenizer.from_pretrained("{drafter}")
-target = AutoModelForCausalLM.from_pretrained("{target}", dtype="auto")
-drafter = AutoModelForCausalLM.from_pretrained("{drafter}", dtype="auto")
-messages = [{{"role": "user", "content": "..."}}]
-inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-)
-print(tokenizer.decode(target.generate(**inputs, assistant_model=drafter, max_new_tokens=256)[0]))
-```"""
+def _require_of(drafter: Path, report: Path) -> None:
+    """Raises ValueError where the report is of another drafter."""
+    measured = note_of(report.parent)["inputs"].get("drafter")
+    if measured is None or Path(measured).parent.name != drafter.parent.name:
+        raise ValueError(
+            f"stages.publish.needs: the report is of {measured and Path(measured).parent.name} and "
+            f"the drafter is {drafter.parent.name}; expected the same: name the stage that the "
+            "bench stage needs"
+        )
