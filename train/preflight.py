@@ -27,7 +27,7 @@ from train.track import Wandb
 
 SMALL = 64 * 2**20  # bytes of logs, tokenizers and reports that nobody counts
 PATIENCE = 10.0  # seconds that the Hub has for an answer
-UNNAMED = "your-name/"  # how a repository begins that nobody has named
+PUBLISH = "train.publish.Publish"
 GENERATE = "data.generate.Generate"
 LOWER = {
     "train.base.BaseTarget": "lower its schedule.micro_batch, or its layers and width",
@@ -169,14 +169,17 @@ def _in_netrc(host: str) -> bool:
 def hub(stages: list[Planned]) -> list[str]:
     """Whether the Hub lets us read what the stages read and is not here, and knows us where one
     publishes. Raises ValueError for what it refuses; that it does not answer stops nothing."""
-    named = {
-        str(s.config["repository"])
-        for s in stages
-        if s.config["_target_"] == "train.publish.Publish"
-        and not str(s.config.get("repository", UNNAMED)).startswith(UNNAMED)
-    }
+    publishing = [build(s.config) for s in stages if s.config["_target_"] == PUBLISH]
     asks = [partial(_readable, name, kind) for name, kind in sorted(_repositories(stages).items())]
-    return _answers([*asks, *(partial(_known, name) for name in sorted(named))])
+    return _answers([*asks, *(partial(_rehearsed, p) for p in publishing if p.repository)])
+
+
+def _rehearsed(publishing: Any) -> str:
+    """Raises Refused for what the Hub would refuse."""
+    try:
+        return publishing.rehearse()
+    except ValueError as error:
+        raise Refused(str(error)) from None
 
 
 def _repositories(stages: list[Planned]) -> dict[str, str]:
@@ -214,20 +217,6 @@ def _readable(name: str, kind: str) -> str:
             "check the id, log in with `hf auth login` or set HF_TOKEN"
         ) from None
     return f"Hub: {name} can be read"
-
-
-def _known(name: str) -> str:
-    """Who we are on the Hub. The stage publish makes a folder and uploads nothing, so that a
-    missing token is said and not refused."""
-    from huggingface_hub import get_token, whoami
-
-    if not get_token():
-        return f"Hub: no token here; uploading to {name} will need one (`hf auth login`)"
-    known = whoami()
-    scope = known.get("auth", {}).get("accessToken", {}).get("role", "unknown")
-    owners = [known["name"], *(each["name"] for each in known.get("orgs", []))]
-    mine = "" if name.split("/")[0] in owners else f", which does not own {name}"
-    return f"Hub: logged in as {known['name']}{mine}; the token's scope is {scope}"
 
 
 def _answers(asks: list[Callable[[], str]]) -> list[str]:

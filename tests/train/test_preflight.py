@@ -237,18 +237,22 @@ def test_a_hub_that_is_away_or_slow_stops_nothing(monkeypatch: pytest.MonkeyPatc
     assert time.monotonic() - begin < 3
 
 
-def test_who_publishes(monkeypatch: pytest.MonkeyPatch):
-    def published(name: str) -> list[str]:
-        return hub([stage("publish", _target_="train.publish.Publish", repository=name)])
+def test_publishing_is_rehearsed_where_a_repository_is_named(monkeypatch: pytest.MonkeyPatch):
+    def rehearsed(name: str | None) -> list[str]:
+        asked = {"repository": name, "language": ["ko"], "licence": "apache-2.0"}
+        target = {"_target_": "decoding.pretrained.Pretrained", "path": None}
+        return hub([stage("publish", _target_="train.publish.Publish", target=target, **asked)])
 
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    assert published("your-name/your-drafter") == []
-    assert "no token here; uploading to me/mine will need one" in published("me/mine")[0]
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: "not-a-real-one")
-    me = {"name": "me", "orgs": [{"name": "us"}], "auth": {"accessToken": {"role": "read"}}}
-    monkeypatch.setattr("huggingface_hub.whoami", lambda: me)
-    assert published("us/ours") == ["Hub: logged in as me; the token's scope is read"]
-    assert "does not own them/theirs" in published("them/theirs")[0]
+    def check(repository: str, *, private: bool) -> str:
+        if repository == "them/theirs":
+            raise ValueError("the token here is of me")
+        return f"would make {repository}, private {private}"
+
+    monkeypatch.setattr("train.publishing.hub.check", check)
+    assert rehearsed(None) == []
+    assert rehearsed("me/mine") == ["would make me/mine, private True"]
+    with pytest.raises(Refused, match="the token here is of me"):
+        rehearsed("them/theirs")
 
 
 def test_a_plan_says_what_would_stop_and_goes_on(free, tmp_path: Path, monkeypatch):
