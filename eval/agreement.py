@@ -22,9 +22,9 @@ from eval.ties import judge
 NONE: frozenset[int] = frozenset()
 ROUNDING = 1e-9
 DEFINITIONS = {
-    "tau": "1 + accepted tokens / drafts, over the rounds that checked a draft; there: the "
-    "engine's; here: our loop's with the same chain on the same prompts, with its 95 % bootstrap "
-    "interval over them",
+    "tau": "1 + accepted tokens / drafts, over the rounds that checked a draft, of answers that "
+    "run on past their ends (bench's stop there, and accept more); there: the engine's; here: our "
+    "loop's with the same chain on the same prompts, with its 95 % bootstrap interval over them",
     "accepted_by_position": "the share of drafts whose first, second, ... token was accepted",
     "rounds": "prompts whose drafts and accepted tokens by position are those of our loop; "
     "near_ties: where our loop in a finer dtype parts from itself; in fp32 wrong must be 0; null: "
@@ -196,7 +196,7 @@ def _accepted(row: dict[str, Any]) -> str:
     alike = rounds and f", the same rounds in {rounds['identical']} of {rounds['n']} prompts"
     return (
         f"{row['tau']['there']:.3f} tokens per target call there, {interval(here)} in our loop"
-        f"{alike or ''}"
+        f"{alike or ''} (answers run on past their ends: compare there with here, not with bench)"
     )
 
 

@@ -59,7 +59,8 @@ def _ran(facts: "Facts", row: Row) -> Iterator[str]:
         f"{'There' if code else where}, in {facts.served_dtype}, {equal['identical']} of "
         f"{equal['n']} greedy answers were the target's own, {equal['near_ties']} parted at a near "
         f"tie, {equal['wrong']} were wrong; {tau['there']:.2f} tokens per target call, where "
-        f"draftsmith's loop has {interval(tau['here'])} ([log]({row['log']}))."
+        f"draftsmith's loop has {interval(tau['here'])}. Answers run on past their ends in this "
+        f"comparison, so that fewer tokens are accepted than in those above ([log]({row['log']}))."
     )
 
 
