@@ -40,7 +40,7 @@ def draw(report: Row, path: Path) -> None:
     speedups(left, arms_at_one(report), "arm", style, lambda name: plain(name, 22))
     middle.set_title("Acceptance by draft position, batch 1")
     positions(middle, report, style)
-    right.set_title("Drafter's speedup by batch size (ringed: break-even)")
+    right.set_title("Speedup by batch size (ringed: break-even)")
     batches(right, report, style)
     # one legend under all panels: inside one it would sooner or later cover a line
     handles = [Patch(color=colour, label=f"T={t:g}") for t, (colour, _) in style.items()]
