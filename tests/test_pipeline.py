@@ -53,6 +53,7 @@ SMALL = {
         "trial_prompts": 1,
         "control_prompts": 1,
     },
+    "serve": {"limit": 4, "max_new_tokens": 12},
 }
 
 
@@ -72,6 +73,7 @@ def arguments(folder: Path, **bench: Any) -> list[str]:
         "pretrain.data": f"{chat}, answer: '{{a}}'",
         "generate.prompts": chat,
         "bench.prompts.python": chat,
+        "serve.prompts.python": chat,
     }.items():
         mine += [f"~stages.{slot}", f"+stages.{slot}={{{source}}}"]
     return mine + [f"stages.bench.{key}={value}" for key, value in bench.items()]
@@ -160,7 +162,9 @@ def test_the_report_passed_its_controls_and_says_what_it_measured(done):
     cells = {(r["arm"], r["temperature"], r["batch"]) for r in map(json.loads, runs)}
     arms, temperatures = ("autoregressive", "drafter", "ngram"), (0.0, 1.0)
     assert cells == {(a, t, b) for a in arms for t in temperatures for b in (1, 2)}
-    assert "[7/7] publish" in said
+    assert "[9/9] publish" in said
+    assert "the same rounds in 4 of 4 prompts" in said, "as transformers has them"
+    assert "snippet: ran" in said
     assert "report: " in said
     assert "next: " in said
 
@@ -183,7 +187,7 @@ def test_wandb_without_a_key_writes_offline_and_ends_nothing(done):
     assert stages == {"target", "pretrain", "finetune"}
 
 
-def test_again_does_nothing_and_a_changed_bench_runs_bench_and_publish(done):
+def test_again_does_nothing_and_a_changed_bench_runs_what_reads_it(done):
     folder, first = done
     before = stamps(folder / "out" / "stages")
     begin = time.perf_counter()
@@ -191,16 +195,16 @@ def test_again_does_nothing_and_a_changed_bench_runs_bench_and_publish(done):
     assert time.perf_counter() - begin < 60
     assert again.returncode == 0, again.stderr
     for number, stage in enumerate(STAGES, 1):
-        assert f"[{number}/7] {stage}: done before, " in again.stdout
+        assert f"[{number}/9] {stage}: done before, " in again.stdout
     assert stamps(folder / "out" / "stages") == before
     assert first.split("minutes of work")[1] == again.stdout.split("minutes of work")[1]
 
     changed = command(*arguments(folder, max_new_tokens=6), cwd=folder)
     assert changed.returncode == 0, changed.stdout[-2000:] + changed.stderr[-3000:]
     for number, stage in enumerate(STAGES, 1):
-        ran = f"[{number}/7] {stage}: done before, " not in changed.stdout
+        ran = f"[{number}/9] {stage}: done before, " not in changed.stdout
         assert ran == (stage in ("bench", "export", "serve", "publish"))
     after = stamps(folder / "out" / "stages")
     assert {name: after[name] for name in before} == before
     new = {name.split("/")[0].split("-")[0] for name in set(after) - set(before)}
-    assert new == {"bench", "publish"}
+    assert new == {"bench", "export", "serve", "publish"}

@@ -258,7 +258,7 @@ def served(**row: Any) -> dict[str, Any]:
         "tau": {"there": 2.414, "here": about(2.43)},
         "snippet": {"executed": True, "log": "logs/v-snippet.log"},
     }
-    gone = {"engine": "openvino", "format": "vllm", "why": "not here: a setting"}
+    gone = {"engine": "speculators", "format": "vllm", "why": "not here: a setting"}
     asked = {"dtype": "float32", "draft_length": 4}
     return {"conditions": asked, "rows": [known | row], "not_run": [gone], "nobody": ""}
 
@@ -273,7 +273,7 @@ def test_code_that_ran_is_shown_with_its_version_and_log():
     assert "There, in float32, 23 of 24 greedy answers were the target's own, 1 parted" in after
     assert "2.41 tokens per target call, where draftsmith's loop has 2.43 [2.33, 2.53]" in after
     assert (
-        "Also said to be read by openvino, from the layout `vllm` (not executed here: not here)."
+        "Also said to be read by speculators, from the layout `vllm` (not executed here: not here)."
         in after
     )
 

@@ -123,7 +123,7 @@ MEANINGLESS = {
         "stages.generate.prompts=???",
         "+data@stages.generate.prompts=NAME, one of bu",
     ),
-    "missing elsewhere": ("seed=???", "is what seed is, and that has no value: add seed=VALUE"),
+    "missing elsewhere": ("seed=???", "seed has no value, and there is no default: add seed=VALUE"),
     "no such key": ("output_dir=${nope}", "output_dir refers to ${nope}, which is not in this rec"),
     "taken away": ("~seed", "stages.target.schedule.seed refers to ${seed}, which is not"),
     "no such function": (

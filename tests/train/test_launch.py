@@ -495,7 +495,16 @@ def tiny(folder: Path) -> list[str]:
     small = {"layers": 1, "width": 64, "vocab_size": 300, "max_positions": 64}
     small |= {"schedule.tokens": 768, "schedule.batch_tokens": 256}
     small |= {"schedule.sequence_length": 64, "schedule.micro_batch": 2}
-    others = ("pretrain", "generate", "finetune", "tune_tree", "bench", "publish")
+    others = (
+        "pretrain",
+        "generate",
+        "finetune",
+        "tune_tree",
+        "bench",
+        "export",
+        "serve",
+        "publish",
+    )
     return [
         "recipe=quickstart",
         f"output_dir={folder / 'out'}",
