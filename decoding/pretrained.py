@@ -90,7 +90,7 @@ class Pretrained:
         except OSError as error:
             raise OSError(_unreachable(place, error)) from None
         target = CLASSES[self.parallel](model, name=self.name)
-        target.revision = self._revision(folder, model.config)
+        target.revision = self._revision(folder)
         target.graphs = Graphs(target.shape.layers) if self.graphs else None
         if not parts:  # a part of a model is where it belongs already
             target.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -106,13 +106,17 @@ class Pretrained:
         except OSError as error:
             raise OSError(_unreachable(place, error)) from None
         target = Borrowed(model, name=self.name)
-        target.revision = self._revision(folder, model.config)
+        target.revision = self._revision(folder)
         return target
 
-    def _revision(self, folder: Path | None, config: Any) -> str:
-        """Of the Hub, or a hash of the files."""
-        hub = None if folder else self.revision or getattr(config, "_commit_hash", None)
-        return hub or contents_hash(folder or str(self.path))
+    def _revision(self, folder: Path | None) -> str:
+        """The commit of a Hub id that was loaded, which the cache knows; else a hash of files."""
+        from huggingface_hub import resolve_revision
+
+        place = str(folder or self.path)
+        if folder or not _is_hub_id(place):
+            return contents_hash(place)
+        return resolve_revision(place, revision=self.revision, local_files_only=True).resolved
 
     def shape_of(self, folder: Path | None = None) -> Shape:
         """The target's shape, from its configuration alone."""
