@@ -40,6 +40,9 @@ def heldout(prompt: str, share: float = 0.02) -> bool:
     return int(prompt_key(prompt)[:16], 16) < share * 16**16
 
 
+LOOKED_AT = 1_000  # rows, before anything starts; a broken one behind them ends its stage
+
+
 class Source(ABC):
     """Text, read as a stream. `rows` starts from the beginning each time it is called."""
 
@@ -116,9 +119,10 @@ class Local(Source):
     def fingerprint(self) -> str:
         """Of what the files hold and how it is read; their names and dates do not count.
 
-        ValueError, as of `rows`, where the first row is not as described: a plan finds it.
+        ValueError, as of `rows`, where one of the first rows is not as described: a plan finds it.
         """
-        next(self._all(), None)
+        for _ in islice(self._all(), LOOKED_AT):
+            continue
         columns = None if self._columns is None else list(self._columns)
         shape = (self._shape.key(), self._only.allowed, self._group)
         how = (shape, columns, self._format, self._encoding, self._limit)

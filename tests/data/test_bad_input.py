@@ -19,7 +19,7 @@ import pytest
 from data import files, lines
 from data.builtin import Builtin
 from data.language import HUGE, Gate
-from data.sources import Local
+from data.sources import LOOKED_AT, Local
 from tests.train.composing import ROOT, compose
 from train.run import run_recipe
 
@@ -133,25 +133,30 @@ def quickstart() -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", [c for c in BAD_FILES if not c.endswith(("short", "flipped"))])
 def test_the_plan_finds_it_and_nothing_was_started(case, quickstart, tmp_path, capsys, monkeypatch):
-    """Exit code 2 and no file, as far as the first row shows it; what a later row shows, the stage
+    """Exit code 2 and no file, as far as the first rows show it; what a later row shows, the stage
     finds before it loads a model (tests/train/test_hostile.py)."""
     monkeypatch.setattr(Builtin, "fingerprint", lambda self: "0")
-    name, content, message = BAD_FILES[case]
+    name, content, _ = BAD_FILES[case]
     place = write(tmp_path, name, content) if content is not None else str(tmp_path / name)
-    source = Local(files=[place], text="{text}")
-    try:
-        source.fingerprint()
-    except ValueError:
-        config = copy.deepcopy(quickstart) | {"output_dir": str(tmp_path / "out")}
-        local = {"_target_": "data.sources.Local", "files": [place], "text": "{text}"}
-        config["stages"]["pretrain"]["data"] = local
-        assert run_recipe("quickstart", config) == (2, None)
-        shown = capsys.readouterr().err
-        assert shown.startswith("error: ")
-        assert place in shown
-        assert not (tmp_path / "out").exists()
-    else:
-        assert "line 1:" not in message
+    config = copy.deepcopy(quickstart) | {"output_dir": str(tmp_path / "out")}
+    local = {"_target_": "data.sources.Local", "files": [place], "text": "{text}"}
+    config["stages"]["pretrain"]["data"] = local
+    assert run_recipe("quickstart", config) == (2, None)
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert place in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_reads_the_first_thousand_rows(tmp_path):
+    rows = [GOOD] * LOOKED_AT + ["{\n"]
+    late = Local(files=[write(tmp_path, "late.jsonl", "".join(rows))], text="{text}")
+    late.fingerprint()
+    with pytest.raises(ValueError, match=f"line {LOOKED_AT + 1}: broken JSON"):
+        list(late.rows())
+    soon = Local(files=[write(tmp_path, "soon.jsonl", "".join(rows[1:]))], text="{text}")
+    with pytest.raises(ValueError, match=f"line {LOOKED_AT}: broken JSON"):
+        soon.fingerprint()
 
 
 @pytest.mark.parametrize(("suffix", "packed"), [(".xz", lzma.compress), (".gz", gzip.compress)])

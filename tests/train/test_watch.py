@@ -22,7 +22,7 @@ from train.processes.signs import position
 from train.processes.still import Still
 from train.processes.watch import Watch
 
-SPAN = 1.5  # seconds, in which SHARE is more than the grain of the system's clock
+SPAN = 1.5  # seconds
 
 
 class Ended(Exception):

@@ -14,6 +14,7 @@ import psutil
 
 SHARE = 0.01  # of a core; what a process at rest uses for its timers, and a tracker for its signs
 TRICKLE = 65_536  # bytes a second; what those read and write
+ROUNDED = 0.06  # seconds that looks can be off, as the counters of processes tell hundredths
 MINE = Path("/proc/thread-self/io")
 
 
@@ -44,7 +45,7 @@ class Still:
         then, computed, moved = self._looks[0]
         past = now - then
         # less than before is work too: of a child that has ended, which is no longer counted
-        busy = abs(self._looks[-1][1] - computed) >= SHARE * past
+        busy = abs(self._looks[-1][1] - computed) >= SHARE * past + ROUNDED
         busy = busy or abs(self._looks[-1][2] - moved) >= TRICKLE * past
         return past >= seconds and not busy
 
