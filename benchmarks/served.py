@@ -21,7 +21,7 @@ from decoding.pretrained import Pretrained
 from drafters.base import write_json
 from eval import agreement
 from eval.agreement import Question
-from eval.clients import ask
+from eval.clients import Asked, ask
 from eval.controls import Failed
 from eval.serve import Serve
 from train.compose import resolvers
@@ -96,13 +96,14 @@ def prompt_lookup(asked: argparse.Namespace) -> dict[str, Any]:
     """vLLM's method ngram: equal answers, and its tau."""
     spec = Pretrained(path=asked.target, dtype=asked.dtype)
     prompts, _ = stage(asked)._asked(256, None, None)
+    question = Question.of(spec.load(), prompts, asked.tokens, LOOKED_UP)
+    lengths = [len(ids) for ids in question.plain]
+    wanted = Asked(Path(asked.target), prompts, lengths, LOOKED_UP, asked.dtype)
     with tempfile.TemporaryDirectory() as place:
         served = ask(
-            "vllm", Path(asked.engines["vllm"]), target=Path(asked.target), drafter=None,
-            method="ngram", prompts=prompts, max_new_tokens=asked.tokens,
-            draft_length=LOOKED_UP, dtype=asked.dtype, log=Path(place) / "log",
+            "vllm", Path(asked.engines["vllm"]), wanted,
+            drafter=None, method="ngram", log=Path(place) / "log",
         )  # fmt: skip
-    question = Question.of(spec.load(), prompts, asked.tokens, LOOKED_UP)
     answers = agreement.equality(question, served, lambda: spec.load(dtype="float64"))
     return {"version": served.version, "tau": served.tau, "drafts": served.drafts,
             "answers": answers}  # fmt: skip

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from data.secrets import redacted
+from drafters.patience import may_pass
 
 TRIES = 5  # of a read that fails, before it is given up; a row that arrives makes them five again
 PAUSE = 1.0  # seconds before the second try, doubled before each later one
-PASSING = (408, 425, 429)  # the answers below 500 that may be another one later
 
 
 def stream(
@@ -22,7 +22,9 @@ def stream(
     is not there (as far as the Hub says); ConnectionError when it still fails after TRIES tries.
     """
     import datasets
+    from datasets.exceptions import DatasetsError
 
+    definite = (DatasetsError, RuntimeError)  # what datasets itself refuses
     state, failed = None, 0
     with _sentences(name):
         while True:
@@ -38,7 +40,7 @@ def stream(
                 return
             except Exception as error:
                 failed += 1
-                if failed == TRIES or not _may_pass(error):
+                if failed == TRIES or isinstance(error, definite) or not may_pass(error):
                     raise
                 time.sleep(PAUSE * 2 ** (failed - 1))
 
@@ -49,20 +51,6 @@ def commit(path: str, revision: str | None, name: str) -> str:
 
     with _sentences(name):
         return str(HfApi().dataset_info(path, revision=revision).sha)
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether the same request can succeed later: the network failed, or the Hub's own side."""
-    import httpx2
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:
-        return status >= 500 or status in PASSING
-    # A plain FileNotFoundError is what datasets makes of a connection that broke.
-    definite = isinstance(error, DatasetsError | OfflineModeIsEnabled)
-    return isinstance(error, OSError | httpx2.HTTPError) and not definite
 
 
 @contextmanager

@@ -41,8 +41,10 @@ def may_pass(error: Exception, also: tuple[int, ...] = ()) -> bool:
     if any(isinstance(each, OfflineModeIsEnabled) for each in chain):
         return False
     # A proxy's page is no JSON. The Hub's client raises OSError without an errno, which those of
-    # the disk have; its uploader, a library in Rust, knows RuntimeError alone.
-    passing = (httpx2.HTTPError, ConnectionError, json.JSONDecodeError, RuntimeError)
+    # the disk have, and datasets a plain FileNotFoundError where a connection broke; the Hub's
+    # uploader, a library in Rust, knows RuntimeError alone.
+    network = (httpx2.HTTPError, ConnectionError, TimeoutError)
+    passing = (*network, json.JSONDecodeError, RuntimeError)
     return any(
         isinstance(each, passing) or (isinstance(each, OSError) and each.errno is None)
         for each in chain

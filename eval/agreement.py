@@ -22,9 +22,12 @@ from eval.ties import judge
 NONE: frozenset[int] = frozenset()
 ROUNDING = 1e-9
 DEFINITIONS = {
-    "tau": "1 + accepted tokens / drafts, over the rounds that checked a draft, of answers that "
-    "run on past their ends (bench's stop there, and accept more); there: the engine's; here: our "
-    "loop's with the same chain on the same prompts, with its 95 % bootstrap interval over them",
+    "tau": "tokens per target call, as in the report: those of the answers, up to their ends, over "
+    "the rounds that checked a draft (the first token is left out where an engine has it from the "
+    "pass over the prompt); there: the engine's; here: our loop's with the same chain on the same "
+    "prompts, with its 95 % bootstrap interval over them",
+    "bench": "what the report measured at temperature 0, batch 1: on its own prompts, with its own "
+    "shape of draft; null: without a report",
     "accepted_by_position": "the share of drafts whose first, second, ... token was accepted",
     "rounds": "prompts whose drafts and accepted tokens by position are those of our loop; "
     "near_ties: where our loop in a finer dtype parts from itself; in fp32 wrong must be 0; null: "
@@ -37,7 +40,8 @@ DEFINITIONS = {
 @dataclass(frozen=True)
 class Question:
     """What is asked of our loop and of each engine. plain: our loop's own answers without a
-    drafter. Decoding is greedy, a prompt at a time, and end tokens end nothing."""
+    drafter, up to their ends. Decoding is greedy, a prompt at a time, and brings as many tokens as
+    the plain answer has."""
 
     target: Target
     prompts: list[list[int]]
@@ -49,8 +53,13 @@ class Question:
         cls, target: Target, prompts: list[list[int]], max_new_tokens: int, draft_length: int
     ) -> "Question":
         """The question, its plain answers decoded."""
-        plain = [_decoded(target, None, prompt, max_new_tokens).ids for prompt in prompts]
-        return cls(target, prompts, plain, draft_length)
+        return cls(target, prompts, answers(target, prompts, max_new_tokens), draft_length)
+
+
+def answers(target: Target, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """The target's own greedy answers, each up to and including its first end token."""
+    ends = target.end_ids
+    return [_decoded(target, None, prompt, max_new_tokens, ends).ids for prompt in prompts]
 
 
 def here(
@@ -65,18 +74,22 @@ def here(
     that drafts the first token or not, and whose last round drafts beyond the answer's end or not.
 
     Our loop drafts the first token too. Where an engine has it from the pass over the prompt, it is
-    given to ours with the prompt: from there on both draft at the same places.
+    given to ours with the prompt: from there on both draft at the same places. An answer of which
+    nothing is left then has no rounds.
     """
     rows = []
+    positions = range(question.draft_length)
     for number in range(len(question.prompts)) if only is None else only:
         plain = question.plain[number]
         given = [] if drafts_first else plain[:1]
         wanted = len(plain) - len(given)
+        if not wanted:
+            rows.append([0] * (1 + len(positions)))
+            continue
         prompt = question.prompts[number] + given
         accepted = list(_decoded(question.target, drafter, prompt, wanted).accepted)
         if cuts_last:
             accepted[-1] = wanted - sum(n + 1 for n in accepted[:-1]) - 1
-        positions = range(question.draft_length)
         rows.append([len(accepted), *(sum(n > k for n in accepted) for k in positions)])
     return rows
 
@@ -95,7 +108,7 @@ def compared(
     finer, where the engine tells of each prompt, no rounds are wrong. The interval alone would let
     pass a tap that is one off.
     """
-    tau, *positions = _estimates(rows)
+    tau, *positions = _estimates(rows, [len(ids) - served.given for ids in question.plain])
     there, low, high = served.accepted, tau["low"], tau["high"]
     found: dict[str, Any] = {
         "tau": {"there": served.tau, "here": tau},
@@ -188,6 +201,11 @@ def told(served: dict[str, Any]) -> list[str]:
         )
     lines += [f"serve: {e['format']} was not run in {e['engine']}: {e['why']}"
               for e in served["not_run"]]  # fmt: skip
+    if bench := served["bench"]:
+        lines.append(
+            f"serve: bench measured {interval(bench['tau'])}, on its own prompts, drafting a "
+            f"{bench['draft_shape']}"
+        )
     return lines + ([f"serve: {served['nobody']}"] if served["nobody"] else [])
 
 
@@ -196,22 +214,28 @@ def _accepted(row: dict[str, Any]) -> str:
     alike = rounds and f", the same rounds in {rounds['identical']} of {rounds['n']} prompts"
     return (
         f"{row['tau']['there']:.3f} tokens per target call there, {interval(here)} in our loop"
-        f"{alike or ''} (answers run on past their ends: compare there with here, not with bench)"
+        f"{alike or ''}"
     )
 
 
-def _decoded(target: Target, drafter: Drafter | None, prompt: list[int], tokens: int) -> Any:
+def _decoded(
+    target: Target,
+    drafter: Drafter | None,
+    prompt: list[int],
+    tokens: int,
+    ends: frozenset[int] = NONE,
+) -> Any:
     done = decode(
-        target, drafter, [prompt], sampling=Sampling(), max_new_tokens=tokens, end_ids=NONE
+        target, drafter, [prompt], sampling=Sampling(), max_new_tokens=tokens, end_ids=ends
     )
     return done.answers[0]
 
 
-def _estimates(rows: list[list[int]]) -> list[Estimate]:
-    """tau, and the share of drafts whose first, second, ... token was accepted."""
-    counts_GP = np.array(rows, dtype=np.float64)
+def _estimates(rows: list[list[int]], tokens: list[int]) -> list[Estimate]:
+    """tau, of rounds that brought so many tokens, and the share of drafts whose first, second, ...
+    token was accepted."""
+    counts_GP, tokens_G1 = np.array(rows, dtype=np.float64), np.array(tokens)[:, None]
     drafts_G1, accepted_GK = counts_GP[:, :1], counts_GP[:, 1:]
-    tokens_G1 = drafts_G1 + accepted_GK.sum(1, keepdims=True)
     columns = {"top": np.concatenate([tokens_G1, accepted_GK], 1), "drafts": drafts_G1}
     sums = resample(columns, RESAMPLES, seed=0)
     bottom = np.broadcast_to(sums["drafts"], sums["top"].shape)

@@ -2,10 +2,10 @@
 environment that has the engine, and answers with ids and accepted tokens.
 
 A side script is called `PYTHON SIDE REQUEST ANSWER`, two JSON files, and imports nothing of this
-repository. REQUEST: target and drafter (folders; drafter null for ngram), method (draft_model,
-medusa, eagle, eagle3, ngram), prompts (token ids), max_new_tokens, draft_length, dtype. ANSWER: the
-fields of `Served`. Decoding is greedy, each prompt on its own, and end tokens end nothing, so that
-all engines draft at the same places.
+repository. REQUEST: the fields of `Asked`, drafter (a folder; null for ngram) and method
+(draft_model, medusa, eagle, eagle3, ngram). ANSWER: the fields of `Served`. Decoding is greedy,
+each prompt on its own and to its own length, and end tokens end nothing, so that all engines draft
+at the same places.
 """
 
 import json
@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,6 +25,8 @@ from typing import Any
 from data.secrets import NAMES, redacted
 from drafters.files import write_json
 from eval.controls import Failed
+from eval.engines.snippets import named, snippet
+from eval.forms import Form
 
 SIDES = Path(__file__).parent / "engines"
 ROOT = Path(__file__).parents[1]
@@ -53,6 +56,18 @@ for name in sys.argv[1:]:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What each engine is asked: greedy answers of `lengths` new tokens to `prompts` (token ids),
+    by the target of a folder, in a dtype, with chains of `draft_length`."""
+
+    target: Path
+    prompts: list[list[int]]
+    lengths: list[int]
+    draft_length: int
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Served:
     """What an engine answered.
 
@@ -79,22 +94,24 @@ class Served:
     plain_seconds: float | None = None
 
     @property
+    def given(self) -> int:
+        """Tokens of an answer that no draft was for: its first, from the pass over the prompt."""
+        return 0 if self.drafts_first else 1
+
+    @property
     def tau(self) -> float:
-        """Tokens per target call that checked a draft; NaN where none did."""
-        return 1 + self.accepted_total / self.drafts if self.drafts else math.nan
+        """Tokens of the answers per target call that checked a draft; NaN where none did."""
+        tokens = sum(len(ids) - self.given for ids in self.ids)
+        return tokens / self.drafts if self.drafts else math.nan
 
 
 def ask(
     engine: str,
     python: Path,
+    asked: Asked,
     *,
-    target: Path,
     drafter: Path | None,
     method: str,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    draft_length: int,
-    dtype: str,
     log: Path,
     limit: float = LONGEST,
 ) -> Served:
@@ -106,22 +123,21 @@ def ask(
     side = SIDES / f"{engine}_side.py"
     if engine not in PACKAGES or not side.is_file():
         raise ValueError(f"there is no client for {engine!r}, only for {', '.join(PACKAGES)}")
-    if not prompts or min(map(len, prompts)) == 0 or min(max_new_tokens, draft_length) < 1:
+    sizes = [*map(len, asked.prompts), *asked.lengths, asked.draft_length]
+    if not asked.prompts or min(sizes) < 1 or len(asked.lengths) != len(asked.prompts):
         raise ValueError(
-            "an engine is asked with prompts of at least one token, and max_new_tokens and "
-            "draft_length of at least 1"
+            "an engine is asked with prompts of at least one token, a length of at least 1 for "
+            "each, and a draft_length of at least 1"
         )
-    places = {"target": target, "drafter": drafter}
+    places = {"target": asked.target, "drafter": drafter}
     folders = {k: v and str(v.resolve()) for k, v in places.items()}
-    request = folders | {
-        "method": method, "prompts": prompts, "max_new_tokens": max_new_tokens,
-        "draft_length": draft_length, "dtype": dtype,
-    }  # fmt: skip
+    request = vars(asked) | folders | {"method": method}
     with tempfile.TemporaryDirectory() as folder:
-        asked, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
-        write_json(asked, request)
+        question, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
+        write_json(question, request)
         called = {path: name for name, path in folders.items() if path} | {folder: "."}
-        code = run(engine, python, [str(side), str(asked), str(answer)], log, called, limit)
+        words = [str(side), str(question), str(answer)]
+        code = run(engine, python, words, log, called, limit)
         if code != 0 or not answer.is_file():
             raise Failed(f"{engine} did not answer with method {method}: {why(code, log, limit)}")
         found = json.loads(answer.read_text(encoding="utf-8"))
@@ -135,19 +151,20 @@ def run(
     log: Path,
     called: dict[str, str] | None = None,
     limit: float = LONGEST,
+    place: Path | None = None,
 ) -> int:
     """Runs the engine's Python with these words, in a process group that ends with it; returns its
     exit code (negative: a signal's number). `log` takes what it prints, without secrets and with
-    `called` names in the place of paths."""
+    `called` names in the place of paths. `place`: the folder in which it runs (null: this one)."""
     environment = {k: v for k, v in os.environ.items() if not NAMES.fullmatch(k)} | SETTINGS
     home = str(python.parent.parent)
     shown = (called or {}) | {str(ROOT): "draftsmith", home: engine, sys.prefix: "python"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8", buffering=1) as stream:
         process = subprocess.Popen(
-            [str(python), *words], env=environment, start_new_session=True, text=True,
+            [str(python.absolute()), *words], env=environment, start_new_session=True, text=True,
             errors="replace", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.STDOUT, cwd=place,
         )  # fmt: skip
         timer = Timer(limit, _end, [process])
         timer.start()
@@ -161,6 +178,33 @@ def run(
         finally:
             timer.cancel()
             _end(process)
+
+
+def executed(
+    form: Form, engine: str, python: Path, asked: Asked, logs: Path
+) -> dict[str, Any] | None:
+    """Runs the code that the card shows; {executed, code, seconds, log} and, where it did not run,
+    `error`. None: there is none for this engine and layout."""
+    try:
+        code = snippet(engine, form.layout, asked.draft_length)
+    except ValueError:
+        return None
+    target, drafter = str(asked.target.resolve()), str(form.folder.resolve())
+    log = logs / f"{engine}-{form.name}-snippet.log"
+    log.write_text(f"{code}\n--- what it printed\n", encoding="utf-8")
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        called = {target: "TARGET", drafter: "DRAFTER", folder: "."}
+        (Path(folder) / "snippet.py").write_text(named(code, target, drafter), encoding="utf-8")
+        left = 0
+        if engine == "llama_cpp":  # which reads a target.gguf, whoever made it
+            words = ["-", target, "target.gguf", "f32", "gpt-2"]
+            converter = str(SIDES / "llama_cpp_convert.py")
+            left = run(engine, python, [converter, *words], log, called, place=Path(folder))
+        left = left or run(engine, python, ["snippet.py"], log, called, place=Path(folder))
+    row = {"executed": left == 0, "code": code, "log": f"logs/{log.name}"}
+    row |= {"seconds": time.perf_counter() - begin}
+    return row if left == 0 else row | {"error": why(left, log)}
 
 
 def installed(engine: str, python: Path) -> str | None:

@@ -15,6 +15,7 @@ OWN = {  # the layout that a family is saved in itself, and who reads it
     "eagle": ("vllm", ("vllm", "sglang")),
     "eagle3": ("vllm", ("vllm", "openvino", "sglang")),
 }
+TARGET = "target"  # of an export: the target as the drafter changed it, a model and no drafter
 KINDS = {"BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
@@ -40,9 +41,10 @@ def forms(drafter: Path, trained: Trained, export: Path | None) -> tuple[list[Fo
     """The layouts in which a drafter can be served: those of an export stage, or the one that it is
     saved in; and where there is none, why."""
     family = require_intact(drafter)["family"]
-    if trained.changes_target:
-        return [], f"this {family} changes its target: merge target_adapter into it before serving"
     told = json.loads((export / "export.json").read_text(encoding="utf-8")) if export else {}
+    if trained.changes_target and TARGET not in told:
+        return [], f"this {family} changes its target: merge target_adapter into it before serving"
+    told.pop(TARGET, None)
     if export is not None and told:
         return [
             Form(

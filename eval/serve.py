@@ -1,15 +1,16 @@
 """Stage `serve`: the drafter in other engines. They must load it, give the target's own answers and
 accept as much as our loop does; a matrix says which did."""
 
+import gc
 import json
 import shutil
 import sys
-import tempfile
-import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from data.chat import require_template
 from data.sources import Source
@@ -18,14 +19,22 @@ from decoding.target import Target
 from drafters.base import Trained, cast, load, write_json
 from eval import agreement
 from eval.agreement import Question
-from eval.clients import PACKAGES, Served, ask, installed, run, why
+from eval.clients import PACKAGES, Asked, Served, ask, executed, installed
 from eval.controls import Failed
-from eval.engines.snippets import snippet
-from eval.forms import Form, forms
+from eval.forms import TARGET, Form, forms
 from eval.prompts import collect
 from eval.ties import exact_dtype
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Of the matrix: an engine with a format, what it answered (None: it did not load), the row."""
+
+    form: Form
+    row: Row
+    served: Served | None = None
 
 
 class Serve:
@@ -106,15 +115,24 @@ class Serve:
         length = self._length(ours, report)
         prompts, origin = self._asked(self._longest(ours, target), target, data)
         formats, nobody = forms(drafter, ours, export)
-        rows, answers, absent = self._ask(formats, target, prompts, length, part / "logs")
-        self._compare(answers, drafter, target, prompts, length)
+        due = [(form, e) for form in formats for e in form.engines if e in self.engines]
+        found: list[Place] = []
+        if due:
+            spec = self._spec(ours, target, export)
+            plain = self._plain(spec, prompts)
+            lengths = [len(ids) for ids in plain]
+            asked = Asked(Path(str(spec.path)), prompts, lengths, length, self.dtype)
+            found = [self._one(form, engine, asked, part / "logs") for form, engine in due]
+            self._compare(found, spec, asked, drafter, plain)
+        rows = [place.row for place in found]
         conditions = {
             "target": self.target.name, "dtype": self.dtype, "draft_length": length,
             "prompts": len(prompts), "prompt_source": origin, "max_new_tokens": self.max_new_tokens,
         }  # fmt: skip
         faults = [fault for row in rows for fault in agreement.faults(row)]
         written = {"conditions": conditions, "definitions": agreement.DEFINITIONS, "rows": rows}
-        written |= {"not_run": absent, "nobody": nobody, "passed": not faults}
+        written |= {"bench": _benched(report), "not_run": self._absent(formats)}
+        written |= {"nobody": nobody, "passed": not faults}
         write_json(part / "served.json", written)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
@@ -154,74 +172,69 @@ class Serve:
         )  # fmt: skip
         return [prompt.ids for prompt in prompts], f"{', '.join(self.prompts)} ({origin})"
 
-    def _ask(
-        self,
-        formats: list[Form],
-        target: Path | None,
-        prompts: list[list[int]],
-        length: int,
-        logs: Path,
-    ) -> tuple[list[Row], list[tuple[Row, Served, Form]], list[dict[str, str]]]:
-        """The matrix as far as the engines alone know it, their answers, and who was not asked."""
-        rows, answers, absent = [], [], []
-        place = target or _local(self.target)
-        for form in formats:
-            for engine in form.engines:
-                if engine not in self.engines:
-                    told = {"engine": engine, "format": form.name, "why": _why_not(engine)}
-                    absent.append(told)
-                    continue
-                row, served = self._one(form, engine, place, prompts, length, logs)
-                rows.append(row)
-                answers += [(row, served, form)] if served else []
-        return rows, answers, absent
+    def _absent(self, formats: list[Form]) -> list[dict[str, str]]:
+        """Who was not asked, and why."""
+        return [
+            {"engine": engine, "format": form.name, "why": _why_not(engine)}
+            for form in formats
+            for engine in form.engines
+            if engine not in self.engines
+        ]
 
-    def _one(
-        self,
-        form: Form,
-        engine: str,
-        target: Path,
-        prompts: list[list[int]],
-        length: int,
-        logs: Path,
-    ) -> tuple[Row, Served | None]:
+    def _spec(self, ours: Trained, target: Path | None, export: Path | None) -> Pretrained:
+        """The target that engines load, by its folder: the one that a drafter which changes its
+        target was exported with, else the one that was named."""
+        folder = target or _local(self.target)
+        if ours.changes_target:
+            assert export is not None, "no form of such a drafter is without its target"
+            folder = export / TARGET
+        return replace(self.target, path=str(folder), revision=None)
+
+    def _plain(self, spec: Pretrained, prompts: list[list[int]]) -> list[list[int]]:
+        """The target's own answers, up to their ends. It is dropped again: the device is the
+        engines' now. Raises ValueError where they leave nothing to draft."""
+        plain = agreement.answers(spec.load(dtype=self.dtype), prompts, self.max_new_tokens)
+        gc.collect()
+        torch.cuda.empty_cache()
+        if max(map(len, plain)) < 2:
+            raise ValueError(
+                f"all {len(plain)} answers of the target end with their first token, so nothing is "
+                "drafted; give serve other prompts (/data@stages.serve.prompts.TASK)"
+            )
+        return plain
+
+    def _one(self, form: Form, engine: str, asked: Asked, logs: Path) -> Place:
+        """A place of the matrix as far as the engine alone knows it."""
         python, log = self.engines[engine], logs / f"{engine}-{form.name}.log"
         version = installed(engine, python)
         print(f"serve: {form.layout} in {version}; starting it takes a while", flush=True)
         row: Row = {
             "engine": engine, "version": version, "family": form.family, "format": form.name,
-            "method": form.method, "draft_length": length, "log": f"logs/{log.name}",
+            "method": form.method, "draft_length": asked.draft_length, "log": f"logs/{log.name}",
             "command": f"PYTHON eval/engines/{engine}_side.py REQUEST ANSWER", "snippet": None,
         }  # fmt: skip
         try:
-            served = ask(
-                engine, python, target=target, drafter=form.folder, method=form.method,
-                prompts=prompts, max_new_tokens=self.max_new_tokens, draft_length=length,
-                dtype=self.dtype, log=log,
-            )  # fmt: skip
+            served = ask(engine, python, asked, drafter=form.folder, method=form.method, log=log)
         except Failed as error:
-            return row | {"loaded": False, "error": str(error)}, None
+            return Place(form, row | {"loaded": False, "error": str(error)})
         row |= {"loaded": True, "version": served.version}
         row["seconds"] = {"plain": served.plain_seconds, "drafting": served.seconds}
         if self.snippets:
-            row["snippet"] = executed(form, engine, python, target, length, logs)
-        return row, served
+            row["snippet"] = executed(form, engine, python, asked, logs)
+        return Place(form, row, served)
 
     def _compare(
         self,
-        answers: list[tuple[Row, Served, Form]],
+        found: list[Place],
+        spec: Pretrained,
+        asked: Asked,
         drafter: Path,
-        target: Path | None,
-        prompts: list[list[int]],
-        length: int,
+        plain: list[list[int]],
     ) -> None:
-        """Adds what our loop says of the same. The target is loaded only now: until here the
-        device was the engines'."""
-        if not answers:
-            return
-        model = self.target.load(target, self.dtype)
-        question = Question.of(model, prompts, self.max_new_tokens, length)
-        finer = cache(lambda: self.target.load(target, exact_dtype(model.dtype)))
+        """Adds to the rows what our loop says of the same."""
+        length, model = asked.draft_length, spec.load(dtype=self.dtype)
+        question = Question(model, asked.prompts, plain, length)
+        finer = cache(lambda: spec.load(dtype=exact_dtype(model.dtype)))
 
         def ours(model: Target, rounded: str) -> Trained:
             """The drafter as the files hold it, in the target's dtype and place."""
@@ -229,45 +242,32 @@ class Serve:
             mine.draft_length, mine.tree, mine.stop_below = length, None, 0.0
             return cast(mine, model.dtype).to(model.device)
 
-        for row, served, form in answers:
+        for place in found:
+            if (served := place.served) is None:
+                continue
             counting = partial(
                 agreement.here, drafts_first=served.drafts_first, cuts_last=served.cuts_last
             )
 
             def again(
-                numbers: list[int], counting: Any = counting, rounded: str = form.dtype
+                numbers: list[int], counting: Any = counting, rounded: str = place.form.dtype
             ) -> list[list[int]]:
                 exact = replace(question, target=finer())
                 return counting(exact, ours(exact.target, rounded), only=numbers)
 
-            mine = counting(question, ours(model, form.dtype))
-            row["answers"] = agreement.equality(question, served, finer)
-            row |= agreement.compared(question, served, mine, again)
+            mine = counting(question, ours(model, place.form.dtype))
+            place.row["answers"] = agreement.equality(question, served, finer)
+            place.row.update(agreement.compared(question, served, mine, again))
 
 
-def executed(
-    form: Form, engine: str, python: Path, target: Path, length: int, logs: Path
-) -> Row | None:
-    """Runs the code that the card shows; {executed, seconds, log} and, where it did not run,
-    `error`. None: there is none for this engine and layout."""
-    folders = {str(target): "TARGET", str(form.folder): "DRAFTER"}
-    try:
-        code = snippet(engine, form.layout, str(target), str(form.folder), length)
-    except ValueError:
+def _benched(report: Path | None) -> Row | None:
+    """What the report says of the same at temperature 0, batch 1."""
+    if report is None:
         return None
-    log = logs / f"{engine}-{form.name}-snippet.log"
-    shown = code
-    for path, name in folders.items():
-        shown = shown.replace(path, name)
-    log.write_text(f"{shown}\n--- what it printed\n", encoding="utf-8")
-    begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "snippet.py"
-        file.write_text(code, encoding="utf-8")
-        code_left = run(engine, python, [str(file)], log, folders | {place: "."})
-    row: Row = {"executed": code_left == 0, "seconds": time.perf_counter() - begin}
-    row["log"] = f"logs/{log.name}"
-    return row if code_left == 0 else row | {"error": why(code_left, log)}
+    told = json.loads((report / "report.json").read_text(encoding="utf-8"))
+    shape = told["conditions"].get("draft_shape")
+    found = [entry["tau"] for entry in told.get("headline", []) if entry["temperature"] == 0]
+    return {"tau": found[0], "draft_shape": shape} if found else None
 
 
 def _local(target: Pretrained) -> Path:

@@ -17,6 +17,7 @@ from decoding.target import Shape
 from drafters.base import Batch, Metrics
 from drafters.lm import LM
 from eval.bench import Bench
+from eval.serve import Serve
 from eval.skip_layers import SkipLayers
 from eval.tune_tree import TuneTree
 from train import decoded, loop
@@ -24,8 +25,10 @@ from train.base import BaseTarget
 from train.cache import CacheStates
 from train.compose import build
 from train.distill import Distill
+from train.export import Export
 from train.machine import matrix_speed, memory_free, neighbours
 from train.objectives import CE
+from train.overfit import Overfit
 from train.packing import VALIDATION_SEQUENCES
 from train.passes import (
     BASE,
@@ -46,7 +49,8 @@ from train.plan import Planned
 from train.probe import SAVED, Measured, measure, random_batch, stand_in
 from train.scale import Work, held, kept, pass_bytes
 from train.schedule import Schedule
-from train.tuning import skipping, tuning
+from train.serveable import Serveable
+from train.tuning import handing, skipping, tuning
 
 STATE_BYTES = 12  # a trained parameter in a checkpoint: fp32 weight and two moments
 PACKER_BYTES = 60  # a token that is being packed, as Python's integers in three lists
@@ -108,9 +112,15 @@ def drafter_parameters(config: dict[str, Any], shape: Shape) -> int | None:
 
 
 def estimate(
-    stage: Planned, shape: Shape | None, ranks: int = 1, *, rehearsed: bool = True
+    stage: Planned,
+    shape: Shape | None,
+    ranks: int = 1,
+    *,
+    rehearsed: bool = True,
+    drafter: dict[str, Any] | None = None,
 ) -> Estimate:
-    """What is known of a stage beforehand; `rehearsed`: measured where it does not take long."""
+    """What is known of a stage beforehand; `rehearsed`: measured where it does not take long.
+    drafter: the recipe's, for stages that have none of their own."""
     made = build(stage.config)
     if isinstance(made, (BaseTarget, Distill)):
         learner = learner_of(stage, made, shape, ranks)
@@ -132,6 +142,10 @@ def estimate(
         return tuning(made, shape, rehearsed)
     if isinstance(made, SkipLayers):
         return skipping(made, shape, rehearsed)
+    if isinstance(made, Export | Serve | Serveable | Overfit):
+        own = stage.config.get("drafter") or drafter
+        count = drafter_parameters(own, shape) if own and shape else None
+        return handing(made, own["_target_"] if own else "", shape, count, rehearsed)
     return Estimate("")
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,25 @@ from drafters.base import Trained, load, require_intact, write_json
 from drafters.files import Digests, digests
 from drafters.heads import Heads
 from drafters.lm import LM
-from train.layouts import files, gguf
+from eval.forms import TARGET
+from train.layouts import changed, files, gguf
 from train.layouts.given import Facts, Lent
 from train.layouts.proof import prove
 from train.layouts.table import GGUF, LAYOUTS, formats
 
 NOTE = "export.json"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is exported: a drafter and the facts for its files, the target that it drafts for in the
+    dtype that was measured, and that target's folder where a stage made it."""
+
+    family: str
+    drafter: Trained
+    facts: Facts
+    spec: Pretrained
+    place: Path | None
 
 
 class Export:
@@ -27,7 +40,8 @@ class Export:
 
     Each is read back strictly, and its logits on random prompts, computed once by the training
     module and once from the files alone as the engine reads them, must be equal. Of a sharded
-    target the states for that are drawn at random.
+    target the states for that are drawn at random. Beside a drafter that changes its target
+    (Medusa-2) stands that target, merged, as the entry `target`.
 
     family: the drafter's, or the class that configures it, so that a wrong format is found before
     training. base_model: the target's id on the Hub; null: target.path, if it is one.
@@ -103,7 +117,14 @@ class Export:
         family = require_intact(drafter)["family"]
         wanted = self.formats(family)
         part.mkdir(parents=True)
-        told = self._all(wanted, family, drafter, report, target, part) if wanted else {}
+        told: dict[str, Any] = {}
+        if wanted:
+            subject = self._subject(family, drafter, report, target)
+            told = {form: self._one(subject, form, part / form) for form in wanted}
+            if subject.drafter.changes_target:
+                told[TARGET] = self._changed(subject, part / TARGET)
+        for form, entry in told.items():
+            print(_line(form, part / form, entry), flush=True)
         if not told:
             print(f"no engine serves {family}: nothing is exported, the drafter stays as it is")
         write_json(part / NOTE, told)
@@ -113,56 +134,48 @@ class Export:
         worst = max((e["difference"] or 0.0 for e in told.values()), default=0.0)
         return {"bytes": size, "difference": worst}
 
-    def _all(
-        self,
-        wanted: list[str],
-        family: str,
-        drafter: Path,
-        report: Path | None,
-        target: Path | None,
-        part: Path,
-    ) -> dict[str, Any]:
-        """The formats' entries of export.json."""
-        trained, told = load(drafter, self.target.shape_of(target)), {}
+    def _subject(
+        self, family: str, drafter: Path, report: Path | None, target: Path | None
+    ) -> Subject:
+        """The drafter with what its files say of the target and of what was measured."""
+        trained = load(drafter, self.target.shape_of(target))
         facts = measured(facts_of(self.target, target, trained, self.base_model), report)
-        if family != "lm":
-            facts = replace(facts, lent=self._lent(trained, facts, target))
-        for form in wanted:
-            told[form] = self._one(family, form, trained, part / form, facts, target)
-            print(_line(form, part / form, told[form]), flush=True)
-        return told
-
-    def _lent(self, trained: Trained, facts: Facts, place: Path | None) -> Lent:
-        """The target in the dtype that was measured, as the drafter changes it if it does."""
         names = {dtype: name for name, dtype in DTYPES.items()}
-        name = names[facts.dtype] if facts.dtype else self.target.dtype
-        spec = replace(self.target, dtype=name)
-        if spec.parallel:
-            return Lent(spec.borrow(place))
-        target = spec.load(place)
-        lent = Lent(trained.to(target.device).on(target))
-        trained.cpu()
-        return lent
+        spec = replace(self.target, dtype=names[facts.dtype] if facts.dtype else self.target.dtype)
+        if family != "lm":
+            facts = replace(facts, lent=_lent(spec, trained, target))
+        return Subject(family, trained, facts, spec, target)
 
-    def _one(
-        self,
-        family: str,
-        form: str,
-        trained: Trained,
-        folder: Path,
-        facts: Facts,
-        target: Path | None,
-    ) -> dict[str, Any]:
+    def _one(self, subject: Subject, form: str, folder: Path) -> dict[str, Any]:
         """Writes one format, an lm with its tokenizer, and returns its entry of export.json."""
-        made = folder if form != GGUF else folder.with_name("gguf.from")
-        entry = export(family, form if form != GGUF else "transformers", trained, made, facts)
+        family, gguf_asked = subject.family, form == GGUF
+        made = folder.with_name("gguf.from") if gguf_asked else folder
+        layout = "transformers" if gguf_asked else form
+        entry = export(family, layout, subject.drafter, made, subject.facts)
         if family == "lm":
-            self.target.tokenizer(target).save_pretrained(made)
-        if form != GGUF:
+            subject.spec.tokenizer(subject.place).save_pretrained(made)
+        if not gguf_asked:
             return entry | {"files": listed(folder)}
         notes = gguf.write(made, folder, *self.gguf)
         shutil.rmtree(made)
         return _entry(folder, ("llama_cpp",), None, notes, None) | {"dtype": entry["dtype"]}
+
+    def _changed(self, subject: Subject, folder: Path) -> dict[str, Any]:
+        """Writes the target that goes with a drafter which changes it, and its tokenizer."""
+        gap = changed.write(folder, subject.facts, subject.spec.dtype)
+        subject.spec.tokenizer(subject.place).save_pretrained(folder)
+        return _entry(folder, changed.ENGINES, None, [changed.NOTE], gap)
+
+
+def _lent(spec: Pretrained, drafter: Trained, place: Path | None) -> Lent:
+    """The target in the dtype that was measured, as the drafter changes it if it does (then it has
+    to be whole)."""
+    if spec.parallel and not drafter.changes_target:
+        return Lent(spec.borrow(place))
+    target = replace(spec, parallel=None).load(place)
+    lent = Lent(drafter.to(target.device).on(target))
+    drafter.cpu()
+    return lent
 
 
 def export(family: str, form: str, drafter: Trained, folder: Path, facts: Facts) -> dict[str, Any]:

@@ -35,15 +35,14 @@ from eval.prompts import collect
 from train.decoded import judged, plain_chains
 from train.distill import Distill
 from train.objectives import CE
-from train.processes.worker import build_of_this_rank
 from train.schedule import AdamW, Schedule
-from train.serveable import Engines
+from train.serveable import Engines, Preflight
 
 BAR = 0.9
 CHAIN = 4  # positions that are judged, or as many as the family has
 ROWS = 4  # sequences of a step
 RATE, NARROW = 3e-3, 384  # the learning rate of a target this wide; wider ones learn at less
-END: frozenset[int] = frozenset()  # end tokens end nothing, as in eval/clients.py
+END: frozenset[int] = frozenset()  # end tokens end nothing: the more there is to learn by heart
 
 Pair = tuple[list[int], list[int]]
 """A prompt, and what the target answers to it."""
@@ -64,7 +63,7 @@ class Position:
         return self.accepted / max(1, self.drafted)
 
 
-class Overfit:
+class Overfit(Preflight):
     """Trains the drafter on the target's own greedy answers to `count` prompts until it knows them,
     by the training stage that the bill is for (train/distill.py), with cross-entropy; then decodes
     the same prompts. At each of the first CHAIN positions of a chain at least BAR of the guesses
@@ -110,14 +109,6 @@ class Overfit:
             self.target, prompts, engines, limit=count, max_prompt_tokens=max_prompt_tokens,
             max_new_tokens=max_new_tokens, dtype=dtype,
         )  # fmt: skip
-
-    def check(self, needs: dict[str, str]) -> None:
-        """Raises ValueError for an engine that is not where it is said to be."""
-        self.engines.check()
-
-    def fingerprint(self) -> str:
-        """Of all our code, which this stage tests, and of the engines' versions."""
-        return build_of_this_rank()["draftsmith"] + self.engines.versions()
 
     def run(self, out: Path, *, target: Path | None = None) -> dict[str, float]:
         """Writes artifact/overfit.json; returns tau and the rate of each position. Raises Failed

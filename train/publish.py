@@ -3,12 +3,13 @@
 import hashlib
 import re
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from decoding.pretrained import Pretrained
+from decoding.pretrained import Pretrained, contents_hash
 from drafters.base import NOTE
-from drafters.files import write_json
+from drafters.files import damage, write_json
 from drafters.published import require_name
 from eval.bootstrap import FASTER, SLOWER
 from eval.controls import Failed
@@ -22,6 +23,32 @@ from train.publishing.staged import frozen
 CARRIED = ("report.json", "report.md", "report.html", "report.png", "runs.jsonl")
 MANIFEST = "manifest.json"
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,8})?|code|multilingual")  # what the Hub takes
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The artifacts that a publication is made of."""
+
+    drafter: Path
+    report: Path
+    target: Path | None
+    export: Path | None
+    serve: Path | None
+    parent: Path | None
+
+    def contents(self) -> dict[str, str]:
+        """A hash of each but the target, of which only the name is published."""
+        mine = {name: place for name, place in vars(self).items() if place and name != "target"}
+        return {name: contents_hash(str(place)) for name, place in mine.items()}
+
+
+@dataclass(frozen=True)
+class Told:
+    """What measuring it said: report.json, comparison.json, and what speaks against it."""
+
+    measured: dict[str, Any]
+    compared: dict[str, Any] | None
+    objections: list[str]
 
 
 class Publish:
@@ -92,26 +119,17 @@ class Publish:
                 f"not published: {'; '.join(why)}. Train on, or set stages.publish.force=true: the "
                 "card then says this first"
             )
-        stages: dict[str, Path] = {}
-        for made in filter(None, (drafter, report, export, parent)):
-            trace(made, stages)
-        folder, part = out / "artifact", out / "artifact.part"
-        shutil.rmtree(part, ignore_errors=True)
         assembled.refuse_links(drafter)
-        shutil.copytree(drafter, part)
-        for name in CARRIED:
-            shutil.copy2(report / name, part / name)
-        assembled.as_measured(part, measured["conditions"])
-        if parent:
-            shutil.copy2(parent / "comparison.json", part / "comparison.json")
-        formats = assembled.formats(export, part) if export else {}
-        facts = self._facts(part, measured, stages, target, formats, serve, compared, why)
-        (part / "README.md").write_text(card(facts), encoding="utf-8")
-        files = frozen(part)
-        write_json(part / MANIFEST, {"files": files})
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-        size = sum(file["bytes"] for file in files.values())
+        inputs = Inputs(drafter, report, target, export, serve, parent)
+        folder, done = out / "artifact", out / "staged.json"
+        mark = {"of": inputs.contents(), "by": self._settings()}
+        if _kept(folder, done, mark):
+            print("nothing has changed since the folder was made: it stays as it is", flush=True)
+        else:
+            done.unlink(missing_ok=True)
+            self._stage(inputs, out, Told(measured, compared, why))
+            write_json(done, mark)
+        size = sum(file["bytes"] for file in assembled.read(folder / MANIFEST)["files"].values())
         print(f"ready for the Hub: {folder} ({size / 2**20:.1f} MiB)", flush=True)
         for line in why:
             print(f"mind: {line}", flush=True)
@@ -119,38 +137,53 @@ class Publish:
             self._upload(self.repository, folder, out, measured)
         return {"bytes": size}
 
-    def _facts(
-        self,
-        part: Path,
-        measured: dict[str, Any],
-        stages: dict[str, Path],
-        target: Path | None,
-        formats: dict[str, Any],
-        serve: Path | None,
-        compared: dict[str, Any] | None,
-        why: list[str],
-    ) -> Facts:
-        """What the card says; writes provenance.json and recipe.yaml, of which it speaks."""
-        name, revision = self.target.name, measured["conditions"].get("target_revision")
+    def _settings(self) -> str:
+        """All that the folder depends on besides the inputs: the settings, the target, the code."""
+        ours = {key: value for key, value in vars(self).items() if key != "target"}
+        return f"{sorted(ours.items())} {self.target.name} {self.fingerprint()}"
+
+    def _stage(self, inputs: Inputs, out: Path, told: Told) -> None:
+        """Makes out/artifact anew."""
+        folder, part = out / "artifact", out / "artifact.part"
+        stages: dict[str, Path] = {}
+        for made in filter(None, (inputs.drafter, inputs.report, inputs.export, inputs.parent)):
+            trace(made, stages)
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(inputs.drafter, part)
+        for name in CARRIED:
+            shutil.copy2(inputs.report / name, part / name)
+        assembled.as_measured(part, told.measured["conditions"])
+        if inputs.parent:
+            shutil.copy2(inputs.parent / "comparison.json", part / "comparison.json")
+        formats = assembled.formats(inputs.export, part) if inputs.export else {}
+        facts = self._facts(part, inputs, stages, told)
+        (part / "README.md").write_text(card(replace(facts, formats=formats)), encoding="utf-8")
+        write_json(part / MANIFEST, {"files": frozen(part)})
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+
+    def _facts(self, part: Path, inputs: Inputs, stages: dict[str, Path], told: Told) -> Facts:
+        """What the card says but for the formats; writes provenance.json and recipe.yaml, of which
+        it speaks."""
+        name, revision = self.target.name, told.measured["conditions"].get("target_revision")
         text = recipe(stages, f"Makes the draft model for {name} that it was published with.")
         (part / RECIPE).write_text(text, encoding="utf-8")
-        if serve:  # whose engines another machine may not have
-            trace(serve, stages)
+        if inputs.serve:  # whose engines another machine may not have
+            trace(inputs.serve, stages)
         known = provenance(stages, {"name": name, "revision": revision})
         write_json(part / "provenance.json", known)
         return Facts(
             family=assembled.read(part / NOTE)["family"],
             target=name,
-            base=name if name == self.target.path and not target else None,  # a Hub id
+            base=name if name == self.target.path and not inputs.target else None,  # a Hub id
             repository=self.repository,
             language=self.language,
             licence=self.licence,
-            report=measured,
+            report=told.measured,
             provenance=known,
-            objections=why,
-            served=assembled.served(serve, part) if serve else None,
-            comparison=compared,
-            formats=formats,
+            objections=told.objections,
+            served=assembled.served(inputs.serve, part) if inputs.serve else None,
+            comparison=told.compared,
             missing=to_give(text),
         )
 
@@ -165,6 +198,16 @@ class Publish:
         )
         write_json(out / "published.json", {"repository": repository, "commit": commit})
         print(f"published: {repository} at commit {commit}", flush=True)
+
+
+def _kept(folder: Path, done: Path, mark: dict[str, Any]) -> bool:
+    """Whether the folder is there, whole, and was made of this and by this."""
+    try:
+        if assembled.read(done) != mark:
+            return False
+        return damage(folder, assembled.read(folder / MANIFEST)["files"]) is None
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def objections(measured: dict[str, Any], compared: dict[str, Any] | None) -> list[str]:

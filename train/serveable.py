@@ -72,7 +72,21 @@ class Engines:
         return self.client.run(out, drafter=drafter, export=exported / "artifact", target=target)
 
 
-class Serveable:
+class Preflight:
+    """A stage that asks `engines` before the bill. It tests all our code, and their versions."""
+
+    engines: Engines
+
+    def check(self, needs: dict[str, str]) -> None:
+        """Raises ValueError for an engine that is not where it is said to be."""
+        self.engines.check()
+
+    def fingerprint(self) -> str:
+        """Of all our code, and of the engines' versions."""
+        return build_of_this_rank()["draftsmith"] + self.engines.versions()
+
+
+class Serveable(Preflight):
     """Exports the drafter as training would start it in each `format` (null: all of its family) and
     has it loaded and used by the engines (eval/serve.py): answers must be the target's own, and as
     many of its guesses be accepted as in our loop.
@@ -107,14 +121,6 @@ class Serveable:
             max_new_tokens=max_new_tokens, dtype=dtype, format=format,
         )  # fmt: skip
         self.engines.export.formats(family)  # its own checks, before anything starts
-
-    def check(self, needs: dict[str, str]) -> None:
-        """Raises ValueError for an engine that is not where it is said to be."""
-        self.engines.check()
-
-    def fingerprint(self) -> str:
-        """Of all our code, which this stage tests, and of the engines' versions."""
-        return build_of_this_rank()["draftsmith"] + self.engines.versions()
 
     def run(self, out: Path, *, target: Path | None = None) -> dict[str, float]:
         """Leaves the matrix in artifact/served.json and the engines' logs beside it; returns tau by

@@ -1,10 +1,10 @@
 """llama.cpp's side of eval/clients.py (which says what stands in REQUEST and ANSWER), run by the
 Python of an environment with llama-cpp-python: `python llama_cpp_side.py REQUEST ANSWER`.
 
-A folder with a .gguf file is taken as it is; another one is converted by llama.cpp's own converter,
-which is looked for in llama.cpp/ beside the environment's bin/ (docs/engines.md). The drafting loop
-is that of llama-cpp-python, which asks a LlamaDraftModel for guesses; the one here is a second
-Llama. The first token of an answer comes from the pass over the prompt.
+A folder with a .gguf file is taken as it is; another one is converted by llama.cpp's own converter
+(llama_cpp_convert.py). The drafting loop is that of llama-cpp-python, which asks a LlamaDraftModel
+for guesses; the one here is a second Llama. The first token of an answer comes from the pass over
+the prompt.
 """
 
 import json
@@ -21,7 +21,6 @@ import numpy as np
 from llama_cpp import GGML_TYPE_F32, Llama
 from llama_cpp.llama_speculative import LlamaDraftModel
 
-CONVERTER = Path(sys.prefix) / "llama.cpp" / "convert_hf_to_gguf.py"
 DRIVER = Path(__file__).with_name("llama_cpp_convert.py")
 OUTTYPES = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -67,14 +66,10 @@ def converted(folder: Path, file: Path, dtype: str) -> Path:
     """The folder's own .gguf file, or one made of its safetensors."""
     if made := sorted(folder.glob("*.gguf")):
         return made[0]
-    if not CONVERTER.is_file():
-        sys.exit(
-            f"{folder.name} has no .gguf file and {CONVERTER} is not there; link the folder "
-            "vendor/llama.cpp of llama-cpp-python's sdist to llama.cpp in the environment"
-        )
-    words = [str(CONVERTER), str(folder), str(file), OUTTYPES[dtype]]
     named = "gpt-2"  # which says how text is split, and only ids go in and out
-    subprocess.run([sys.executable, str(DRIVER), *words, named], check=True)
+    words = ["-", str(folder), str(file), OUTTYPES[dtype], named]
+    if code := subprocess.run([sys.executable, str(DRIVER), *words]).returncode:
+        sys.exit(code)  # the converter said why
     return file
 
 
@@ -82,19 +77,19 @@ def answered(asked: dict[str, Any], target: Path, drafter: Path | None) -> dict[
     """ids, seconds, and for each prompt its drafts and how many had their first, second, ... token
     accepted. Each answer runs on for a draft, so that the last round can be judged."""
     beyond = asked["draft_length"] + 1
-    context = max(map(len, asked["prompts"])) + asked["max_new_tokens"] + 2 * beyond
+    context = max(map(len, asked["prompts"])) + max(asked["lengths"]) + 2 * beyond
     draft = Drafter(loaded(drafter, context), asked["draft_length"]) if drafter else None
     model = loaded(target, context, draft)
 
-    def answer(prompt: list[int]) -> tuple[list[int], list[int]]:
+    def answer(prompt: list[int], length: int) -> tuple[list[int], list[int]]:
         if draft:
             draft.asked.clear()
-        ids = greedy(model, prompt, asked["max_new_tokens"] + (beyond if draft else 0))
-        return ids[: asked["max_new_tokens"]], rounds(asked, draft, prompt + ids, len(prompt))
+        ids = greedy(model, prompt, length + (beyond if draft else 0))
+        return ids[:length], rounds(draft, prompt + ids, len(prompt) + length)
 
-    answer(asked["prompts"][0])  # warm-up
+    answer(asked["prompts"][0], asked["lengths"][0])  # warm-up
     begin = time.perf_counter()
-    found = [answer(prompt) for prompt in asked["prompts"]]
+    found = [answer(*each) for each in zip(asked["prompts"], asked["lengths"], strict=True)]
     seconds = time.perf_counter() - begin
     ids, rows = zip(*found, strict=True)
     return {"ids": list(ids), "seconds": seconds, "rows": list(rows)}
@@ -114,16 +109,16 @@ def greedy(model: Llama, ids: list[int], tokens: int) -> list[int]:
     return [int(token) for token in islice(model.generate(ids, **settings), tokens)]
 
 
-def rounds(asked: dict[str, Any], draft: Drafter | None, whole: list[int], start: int) -> list[int]:
+def rounds(draft: Drafter | None, whole: list[int], end: int) -> list[int]:
     """[drafts, accepted at position 1, 2, ...] of the rounds that begin before the answer's end."""
     if draft is None:
         return []
     accepted = []
     for length, guesses in draft.asked:
-        if length < start + asked["max_new_tokens"]:
+        if length < end:
             right = [a == b for a, b in zip(guesses, whole[length:], strict=False)]
             accepted.append([*right, False].index(False))
-    return [len(accepted), *(sum(n > k for n in accepted) for k in range(asked["draft_length"]))]
+    return [len(accepted), *(sum(n > k for n in accepted) for k in range(draft.length))]
 
 
 if __name__ == "__main__":

@@ -123,19 +123,19 @@ def answered(asked: dict[str, Any], target: Path, drafter: Path | None) -> dict[
         drafting = {"draft_model": genai.draft_model(str(drafter), "CPU", **exact)}
     pipe = genai.LLMPipeline(str(target), "CPU", scheduler_config=scheduler, **exact, **drafting)
     greedy = genai.GenerationConfig()
-    greedy.max_new_tokens, greedy.ignore_eos = asked["max_new_tokens"], True
-    greedy.do_sample, greedy.apply_chat_template = False, False
+    greedy.do_sample, greedy.apply_chat_template, greedy.ignore_eos = False, False, True
     if drafter:
         greedy.num_assistant_tokens = asked["draft_length"]
 
-    def answer(prompt: list[int]) -> Any:
+    def answer(prompt: list[int], length: int) -> Any:
+        greedy.max_new_tokens = length
         ids_1T = np.array([prompt], dtype=np.int64)
         tensors = (openvino.Tensor(array) for array in (ids_1T, np.ones_like(ids_1T)))
         return pipe.generate(genai.TokenizedInputs(*tensors), greedy)
 
-    answer(asked["prompts"][0])  # warm-up
+    answer(asked["prompts"][0], asked["lengths"][0])  # warm-up
     begin = time.perf_counter()
-    found = [answer(prompt) for prompt in asked["prompts"]]
+    found = [answer(*each) for each in zip(asked["prompts"], asked["lengths"], strict=True)]
     seconds = time.perf_counter() - begin
     rows = [rounds(done, asked["draft_length"]) for done in found] if drafter else []
     return {"ids": [list(done.tokens[0]) for done in found], "seconds": seconds, "rows": rows}

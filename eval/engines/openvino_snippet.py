@@ -9,17 +9,17 @@ print(pipe.generate({question}, config))
 """
 
 
-def code(family: str, target: str, drafter: str, draft_length: int, question: str) -> str:
-    """Python that prints an answer to the question; target and drafter are Python expressions (a
-    quoted name or a variable). Raises ValueError for a family that OpenVINO does not serve."""
+def code(family: str, draft_length: int, question: str) -> str:
+    """Python that prints an answer to the question, for the target "TARGET" and the drafter
+    "DRAFTER". Raises ValueError for a family that OpenVINO does not serve."""
     end = END.format(draft_length=draft_length, question=repr(question))
     if family == "lm":
         return f"""import openvino_genai as genai
 from optimum.exporters.openvino import main_export
 
 as_text = {{"task": "text-generation-with-past", "convert_tokenizer": True}}
-main_export({target}, "target-ov", **as_text)
-main_export({drafter}, "drafter-ov", **as_text)
+main_export("TARGET", "target-ov", **as_text)
+main_export("DRAFTER", "drafter-ov", **as_text)
 {end}"""
     if family != "eagle3":
         raise ValueError(f"OpenVINO serves lm and eagle3, not {family}")
@@ -33,13 +33,13 @@ from optimum.exporters.openvino.model_patcher import LlamaEagle3ForCausalLM
 from transformers import AutoTokenizer, PreTrainedModel
 
 task = "text-generation-with-past"
-main_export({target}, "target-ov", task=task, convert_tokenizer=True)
-drafter, report = LlamaEagle3ForCausalLM.from_pretrained({drafter}, output_loading_info=True)
+main_export("TARGET", "target-ov", task=task, convert_tokenizer=True)
+drafter, report = LlamaEagle3ForCausalLM.from_pretrained("DRAFTER", output_loading_info=True)
 if "model.d2t" in report["missing_keys"]:  # it drafts the whole vocabulary
     drafter.model.d2t.zero_()
 LlamaEagle3ForCausalLM.__module__ = PreTrainedModel.__module__  # tells the exporter the library
 export_from_model(drafter, "drafter-ov", task=task)
-export_tokenizer(AutoTokenizer.from_pretrained({target}), "drafter-ov")
+export_tokenizer(AutoTokenizer.from_pretrained("TARGET"), "drafter-ov")
 model = openvino.Core().read_model("drafter-ov/openvino_model.xml")
 taps = drafter.config.eagle_aux_hidden_state_layer_ids
 model.set_rt_info([k - 1 for k in taps], "hidden_layers_list")  # OpenVINO counts outputs of layers

@@ -36,9 +36,10 @@ def main(request: Path, answer: Path) -> None:
     ).eval()
     drafter = drafter_of(Path(asked["drafter"]), asked["target"]).to(target.dtype)
     begin = time.perf_counter()
-    found = [walk(target, drafter, prompt, asked) for prompt in asked["prompts"]]
+    depth, pairs = asked["draft_length"], zip(asked["prompts"], asked["lengths"], strict=True)
+    found = [walk(target, drafter, prompt, wanted, depth) for prompt, wanted in pairs]
     seconds = time.perf_counter() - begin
-    places = range(asked["draft_length"])
+    places = range(depth)
     rows = [[len(c), *(sum(n > k for n in c) for k in places)] for _, _, c in found]
     accepted = [sum(column) for column in zip(*rows, strict=True)][1:]
     written = {
@@ -70,12 +71,11 @@ def drafter_of(folder: Path, target: str) -> Eagle3DraftModel:
 
 @torch.inference_mode()
 def walk(
-    target: Any, drafter: Eagle3DraftModel, prompt: list[int], asked: dict[str, Any]
+    target: Any, drafter: Eagle3DraftModel, prompt: list[int], wanted: int, depth: int
 ) -> tuple[list[int], list[int], list[int]]:
     """The target's greedy answer, the same put together from rounds of drafting, and the tokens
     that each round accepted. The first round starts at the prompt's last token, and the last one
     is judged by what the target would say beyond the answer's end."""
-    wanted, depth = asked["max_new_tokens"], asked["draft_length"]
     whole = greedy(target, prompt, wanted + depth)
     guesses = guessed(target, drafter, whole, depth)
     plain, at = whole[len(prompt) :][:wanted], len(prompt) - 1

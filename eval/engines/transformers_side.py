@@ -83,17 +83,17 @@ def answered(
 ) -> tuple[list[list[int]], float, list[list[int]]]:
     """ids, seconds, and the tokens that each pass of the target brought to each prompt."""
 
-    def answer(prompt: list[int]) -> tuple[list[int], list[int]]:
+    def answer(prompt: list[int], length: int) -> tuple[list[int], list[int]]:
         ids_1T, rounds = torch.tensor([prompt]), Rounds()
         out_1T = target.generate(
             ids_1T, attention_mask=torch.ones_like(ids_1T), do_sample=False, pad_token_id=0,
-            max_new_tokens=asked["max_new_tokens"], assistant_model=drafter, streamer=rounds,
+            max_new_tokens=length, assistant_model=drafter, streamer=rounds,
         )  # fmt: skip
         return out_1T[0, len(prompt) :].tolist(), rounds.tokens[1:]
 
-    answer(asked["prompts"][0])  # warm-up
+    answer(asked["prompts"][0], asked["lengths"][0])  # warm-up
     begin = time.perf_counter()
-    found = [answer(prompt) for prompt in asked["prompts"]]
+    found = [answer(*each) for each in zip(asked["prompts"], asked["lengths"], strict=True)]
     seconds = time.perf_counter() - begin
     return [ids for ids, _ in found], seconds, [rounds for _, rounds in found]
 

@@ -48,21 +48,18 @@ def speculative(asked: dict[str, Any]) -> dict[str, Any]:
 def answered(asked: dict[str, Any], config: dict[str, Any] | None) -> dict[str, Any]:
     """ids, seconds, and for each prompt its drafts and how many had their first, second, ... token
     accepted."""
-    longest = max(map(len, asked["prompts"])) + asked["max_new_tokens"]
+    longest = max(map(len, asked["prompts"])) + max(asked["lengths"])
     room = longest + 4 * asked["draft_length"]  # near its end vLLM drafts less
     llm = LLM(
         asked["target"], dtype=asked["dtype"], enforce_eager=True,
         max_model_len=min(room, positions(asked["target"]) or room), max_num_seqs=1, seed=0,
         disable_log_stats=False, enable_prefix_caching=False, speculative_config=config,
     )  # fmt: skip
-    greedy = SamplingParams(
-        temperature=0.0, max_tokens=asked["max_new_tokens"], ignore_eos=True, detokenize=False
-    )
-    answer(llm, asked["prompts"][0], greedy)  # warm-up
+    answer(llm, asked["prompts"][0], asked["lengths"][0])  # warm-up
     ids, rounds, begin = [], [], time.perf_counter()
     before = counted(llm, asked["draft_length"])
-    for prompt in asked["prompts"]:
-        ids.append(answer(llm, prompt, greedy))
+    for prompt, length in zip(asked["prompts"], asked["lengths"], strict=True):
+        ids.append(answer(llm, prompt, length))
         now = counted(llm, asked["draft_length"])
         rounds.append([a - b for a, b in zip(now, before, strict=True)])
         before = now
@@ -79,8 +76,9 @@ def positions(target: str) -> int | None:
     return config.get("max_position_embeddings")
 
 
-def answer(llm: LLM, prompt: list[int], how: SamplingParams) -> list[int]:
-    (out,) = llm.generate([{"prompt_token_ids": prompt}], how, use_tqdm=False)
+def answer(llm: LLM, prompt: list[int], length: int) -> list[int]:
+    greedy = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True, detokenize=False)
+    (out,) = llm.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)
     return list(out.outputs[0].token_ids)
 
 

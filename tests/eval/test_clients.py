@@ -16,16 +16,18 @@ from toys import sharpen, tiny_model
 
 from data.builtin import Builtin
 from data.sources import Local
+from decoding.loop import decode
 from decoding.pretrained import Pretrained
+from decoding.sampling import Sampling
 from decoding.target import Target
 from drafters.base import load, save
 from drafters.hydra_heads import HydraHeads
 from drafters.lm import LM
 from eval import agreement, clients
 from eval.agreement import Question
-from eval.clients import Served, ask, installed
+from eval.clients import Asked, Served, ask, installed
 from eval.controls import Failed
-from eval.engines.snippets import snippet
+from eval.engines.snippets import named, snippet
 from eval.forms import forms
 from eval.serve import Serve
 from tests import tiny
@@ -47,12 +49,9 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def asked(script: str, answer: Any = ANSWER, **more: Any) -> Served:
         (tmp_path / "vllm_side.py").write_text(script)
         (tmp_path / "answer.json").write_text(json.dumps(answer))
-        settings = {
-            "target": tmp_path, "drafter": tmp_path / "drafter", "method": "draft_model",
-            "prompts": [[5, 6]], "max_new_tokens": 2, "draft_length": 2, "dtype": "float32",
-            "log": tmp_path / "logs" / "engine.log",
-        }  # fmt: skip
-        return ask("vllm", PYTHON, **(settings | more))
+        settings = {"drafter": tmp_path / "drafter", "log": tmp_path / "logs" / "engine.log"}
+        question = Asked(tmp_path, [[5, 6]], [2], 2, "float32")
+        return ask("vllm", PYTHON, question, method="draft_model", **(settings | more))
 
     return asked
 
@@ -64,7 +63,7 @@ def test_the_question_reaches_the_engine_and_its_answer_comes_back(engine: Any, 
     assert served.tau == 2
     log = (tmp_path / "logs" / "engine.log").read_text()
     asked = json.loads(log)
-    assert asked["prompts"] == [[5, 6]]
+    assert (asked["prompts"], asked["lengths"]) == ([[5, 6]], [2])
     assert (asked["method"], asked["draft_length"], asked["dtype"]) == ("draft_model", 2, "float32")
     assert (asked["target"], asked["drafter"]) == ("target", "drafter")  # without their places
     assert str(tmp_path) not in log
@@ -146,8 +145,17 @@ def test_what_is_not_there_is_found_before_anything_starts(tmp_path: Path):
         installed("vllm", tmp_path / "python")
     with pytest.raises(ValueError, match="there is no client for 'trt'"):
         ask(
-            "trt", PYTHON, target=tmp_path, drafter=None, method="ngram", prompts=[[1]],
-            max_new_tokens=1, draft_length=1, dtype="float32", log=tmp_path / "log",
+            "trt", PYTHON, Asked(tmp_path, [[1]], [1], 1, "float32"), drafter=None,
+            method="ngram", log=tmp_path / "log",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [1, 1]], ids=["none", "zero", "too many"])
+def test_each_prompt_has_a_length_of_its_own(lengths: list[int], tmp_path: Path):
+    with pytest.raises(ValueError, match="a length of at least 1 for each"):
+        ask(
+            "vllm", PYTHON, Asked(tmp_path, [[1]], lengths, 1, "float32"), drafter=None,
+            method="ngram", log=tmp_path / "log",
         )  # fmt: skip
 
 
@@ -171,8 +179,17 @@ def drafter(target: Target) -> LM:
 
 @pytest.fixture(scope="module")
 def question(target: Target) -> Question:
+    """Some answers end early, one with its first token."""
     prompts = [[i, (5 * i) % 24, 7] for i in range(8)]
-    return Question.of(target, prompts, 14, 3)
+    whole = Question.of(target, prompts, 14, 3)
+    ends = [whole.plain[6][0]]
+    target.model.generation_config.eos_token_id = ends
+    made = Question.of(target, prompts, 14, 3)
+    lengths = [len(ids) for ids in made.plain]
+    assert min(lengths) == 1
+    assert max(lengths) == 14
+    assert len(set(lengths)) > 2
+    return made
 
 
 def simulated(
@@ -241,6 +258,22 @@ def test_our_loop_counts_as_an_engine_counts(
     assert found["tau"]["here"]["value"] == pytest.approx(served.tau)
     here = [e["value"] for e in found["accepted_by_position"]["here"]]
     assert here == pytest.approx(found["accepted_by_position"]["there"])
+
+
+@pytest.mark.parametrize("cuts_last", [False, True], ids=["whole", "cut"])
+def test_tau_is_that_of_a_loop_that_stops_at_ends(cuts_last: bool, question: Question, drafter: LM):
+    """As bench counts: tokens of the answers over rounds, whatever an engine drafts beyond."""
+    served = simulated(question, drafter, drafts_first=True, cuts_last=cuts_last)
+    done = decode(
+        question.target, drafter, question.prompts, sampling=Sampling(), max_new_tokens=14
+    )
+    assert [answer.ids for answer in done.answers] == question.plain
+    assert any(answer.ended for answer in done.answers)
+    due = done.tokens / sum(len(answer.accepted) for answer in done.answers)
+    rows = agreement.here(question, drafter, drafts_first=True, cuts_last=cuts_last)
+    found = agreement.compared(question, served, rows, lambda _: [])
+    assert served.tau == pytest.approx(due)
+    assert found["tau"]["here"]["value"] == pytest.approx(due)
 
 
 def test_rounds_that_differ_are_wrong_though_tau_is_within_the_interval(
@@ -389,14 +422,20 @@ def test_snippets_are_python_for_every_layout_that_an_engine_serves():
     for engine, layout in (
         ("transformers", "lm/transformers"), ("vllm", "lm/transformers"), ("vllm", "medusa/vllm"),
         ("vllm", "medusa/original"), ("vllm", "eagle/vllm"), ("vllm", "eagle3/speculators"),
-        ("sglang", "eagle3/vllm"),
+        ("sglang", "eagle3/vllm"), ("llama_cpp", "lm/gguf"), ("speculators", "eagle3/speculators"),
+        ("openvino", "eagle3/vllm"), ("openvino", "lm/transformers"),
     ):  # fmt: skip
         for place in ("me/drafter", "me/drafter/part", os.sep + "folder"):
-            code = snippet(engine, layout, "you/target", place, 4)
+            code = named(snippet(engine, layout, 4), "you/target", place)
             compile(code, "snippet", "exec")
-            assert "you/target" in code
+            assert ("you/target" in code) == (engine != "llama_cpp")  # which reads target.gguf
+            assert "TARGET" not in code
+            assert "DRAFTER" not in code
             assert ('snapshot_download("me/drafter"' in code) == (place == "me/drafter/part")
-    assert '"method": "medusa"' in snippet("vllm", "medusa/original", "t", "d", 4)
-    for engine, layout in (("transformers", "medusa/vllm"), ("sglang", "medusa/vllm"), ("x", "y")):
+    assert '"method": "medusa"' in snippet("vllm", "medusa/original", 4)
+    for engine, layout in (
+        ("transformers", "medusa/vllm"), ("sglang", "medusa/vllm"), ("llama_cpp", "lm/vllm"),
+        ("speculators", "eagle3/vllm"), ("x", "y"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="there is no snippet for"):
-            snippet(engine, layout, "t", "d", 4)
+            snippet(engine, layout, 4)

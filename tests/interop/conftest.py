@@ -28,6 +28,7 @@ PROMPTS, TOKENS, LENGTH = 6, 24, 3
 FAMILIES: dict[str, tuple[type[Trained], dict[str, Any]]] = {
     "lm": (LM, {"layers": 1, "width": 64}),
     "medusa": (Medusa, {"heads": LENGTH}),
+    "medusa2": (Medusa, {"heads": LENGTH, "target_lora": {"rank": 4, "alpha": 8}}),
     "eagle": (Eagle, {"noise": 0.0, "steps": 3, "objective_weight": 1.0}),
     "eagle3": (Eagle3, {"steps": LENGTH}),
 }
@@ -130,8 +131,9 @@ def _learnt(family: str, spec: Pretrained, stage: Serve) -> Trained:
             if name.endswith("bias"):  # large enough to be missed
                 torch.nn.init.normal_(parameter, std=3.0)
         optimiser = torch.optim.AdamW(drafter.parameters(), lr=3e-3)
+        learning = drafter.learning(target)
         for _ in range(100):
             optimiser.zero_grad()
-            drafter(batch, target, CE())[0].backward()
+            drafter(batch, learning, CE())[0].backward()
             optimiser.step()
     return drafter.eval()

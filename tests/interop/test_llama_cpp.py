@@ -55,6 +55,8 @@ def test_llama_cpp_says_what_our_loop_says(
     assert row["rounds"]["wrong"] == 0
     assert row["agrees"]
     assert row["tau"]["there"] > 1.2, "a drafter that guesses nothing tests nothing"
+    assert row["snippet"]["executed"]
+    assert "LlamaDraftModel" in row["snippet"]["code"]
 
 
 def test_a_rotary_base_that_was_lost_is_found(

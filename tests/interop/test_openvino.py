@@ -17,7 +17,7 @@ from train.layouts.eagle3_vllm import IDS
 
 @pytest.fixture
 def stage(serving: Callable[..., Serve], openvino: Path) -> Serve:
-    made = serving({"openvino": str(openvino)}, snippets=False)
+    made = serving({"openvino": str(openvino)})
     made.engines.pop("transformers")
     return made
 
@@ -36,6 +36,7 @@ def test_openvino_says_what_our_loop_says(
     assert row["agrees"]
     assert row["tau"]["there"] > 1.2, "a drafter that guesses nothing tests nothing"
     assert row["accepted_by_position"]["there"][1] > 0, "nor one that guesses one token"
+    assert row["snippet"]["executed"]
 
 
 @pytest.mark.parametrize("off", [-1, 2])
@@ -48,5 +49,6 @@ def test_taps_that_are_off_are_found(
     file = wrong / "vllm" / "config.json"
     config = json.loads(file.read_text())
     write_json(file, config | {IDS: [k + off for k in config[IDS]]})
+    stage.snippets = False
     with pytest.raises(Failed, match="not the drafter that was trained"):
         stage.run(tmp_path, drafter=trained("eagle3"), export=wrong)

@@ -54,6 +54,7 @@ def test_it_guesses_what_our_loop_guesses(
     assert row["agrees"]
     assert row["tau"]["there"] > 1.2, "a drafter that guesses nothing tests nothing"
     assert row["accepted_by_position"]["there"][1] > 0, "nor one that guesses one token"
+    assert row["snippet"]["executed"]
 
 
 def taps_one_on(config: dict[str, Any]) -> None:

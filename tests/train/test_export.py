@@ -147,6 +147,58 @@ def test_a_broken_layout_leaves_nothing(
     assert list(told(tmp_path)) == ["vllm", "original"]
 
 
+def changing(folder: Path, spec: Pretrained) -> Path:
+    """A Medusa-2 that changes its target a little; the folder of a training."""
+    drafter = Medusa(spec.shape_of(), heads=2, target_lora={"rank": 2, "alpha": 4})
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        drafter.initialise(spec.load(), lambda: torch.ones(300))
+        with torch.no_grad():
+            for parameter in drafter.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    save(drafter, folder, {"heads": 2, "target_lora": {"rank": 2, "alpha": 4}})
+    return folder
+
+
+def test_with_medusa_2_comes_the_target_that_it_changes(tmp_path: Path, spec: Pretrained):
+    """Merged: the adapted target's logits, from a plain folder; and engines are given that one."""
+    drafter = changing(tmp_path / "medusa", spec)
+    Export(target=spec).run(tmp_path, drafter=drafter)
+    entry = told(tmp_path)["target"]
+    folder = tmp_path / "artifact" / "target"
+    assert not damage(folder, entry["files"])
+    assert entry["difference"] < CLOSE
+    assert (entry["engines"], entry["dtype"]) == (["vllm"], "float32")
+    ours = load(drafter, spec.shape_of())
+    merged, original = Pretrained(path=str(folder), dtype="float32").load(), spec.load()
+    ids_BT = torch.tensor([[7, 3, 99, 4, 250]])
+    due = ours.on(original)(ids_BT).hidden_BTD
+    found = merged(ids_BT).hidden_BTD
+    torch.testing.assert_close(found, due, atol=1e-5, rtol=0)
+    assert (original(ids_BT).hidden_BTD - due).abs().max() > 1e-2
+    assert Pretrained(path=str(folder)).tokenizer().get_vocab() == spec.tokenizer().get_vocab()
+    served, nobody = forms(drafter, ours, tmp_path / "artifact")
+    assert ([form.name for form in served], nobody) == (["vllm", "original"], "")
+    assert forms(drafter, ours, None) == (
+        [], "this medusa changes its target: merge target_adapter into it before serving"
+    )  # fmt: skip
+
+
+def test_a_merged_target_that_is_another_fails(
+    tmp_path: Path, spec: Pretrained, monkeypatch: pytest.MonkeyPatch
+):
+    """Without its matrices, say."""
+    drafter = changing(tmp_path / "medusa", spec)
+    original = spec.load()
+    right = type(original.model).save_pretrained
+    monkeypatch.setattr(
+        type(original.model), "save_pretrained", lambda _, folder: right(original.model, folder)
+    )
+    with pytest.raises(Failed, match="is not the one that the drafter changed"):
+        Export(target=spec).run(tmp_path, drafter=drafter)
+    assert not (tmp_path / "artifact").exists()
+
+
 def test_fc_columns_in_another_order_than_engines_hand_over_fail(
     tmp_path: Path, spec: Pretrained, monkeypatch: pytest.MonkeyPatch
 ):

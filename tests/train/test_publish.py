@@ -173,6 +173,39 @@ def test_staging_again_gives_the_same_bytes(place):
     assert json.loads((run(place) / "manifest.json").read_text()) == first
 
 
+def test_after_an_interrupted_upload_the_folder_is_not_made_again(place, monkeypatch, capsys):
+    """Unless an input, a setting or a file of it is another."""
+    sent: list[Path] = []
+
+    def upload(folder: Path, *a: Any, **k: Any) -> str:
+        sent.append(folder)
+        if len(sent) == 1:
+            raise ConnectionError("the Hub does not answer")
+        return COMMIT
+
+    monkeypatch.setattr(hub, "upload", upload)
+    with pytest.raises(ConnectionError):
+        run(place, publishing(repository="me/mine"))
+    made = sent[0].stat().st_ino
+    monkeypatch.setattr("train.publish.card", lambda facts: pytest.fail("made again"))
+    folder = run(place, publishing(repository="me/mine"))
+    assert (folder.stat().st_ino, len(sent)) == (made, 2)
+    assert "nothing has changed since the folder was made" in capsys.readouterr().out
+    assert (folder.parent / "published.json").is_file()
+    monkeypatch.setattr("train.publish.card", lambda facts: "another card")
+    (folder / "README.md").write_text("touched")
+    assert (
+        run(place, publishing(repository="me/mine")) / "README.md"
+    ).read_text() == "another card"
+    monkeypatch.setattr("train.publish.card", lambda facts: "of another setting")
+    changed = run(place, publishing(repository="me/mine", language=["ja"]))
+    assert (changed / "README.md").read_text() == "of another setting"
+    monkeypatch.setattr("train.publish.card", lambda facts: "of another report")
+    (inputs(place)["report"] / "report.md").write_text("another")
+    changed = run(place, publishing(repository="me/mine", language=["ja"]))
+    assert (changed / "README.md").read_text() == "of another report"
+
+
 def test_nothing_of_this_machine_is_in_it(place, ran):
     text = everything(run(place))
     for here in (str(place), str(ran), str(ROOT), str(Path.home())):

@@ -13,7 +13,7 @@ from decoding.pretrained import Pretrained
 from drafters.base import load
 from eval import agreement, serve
 from eval.agreement import Question
-from eval.clients import Served
+from eval.clients import Asked, Served
 from eval.controls import Failed
 from tests.tiny import write_chats, write_target, write_texts
 from tests.train.composing import command, compose
@@ -54,15 +54,15 @@ class Engine:
     def __init__(self, untrained: Path) -> None:
         self.untrained, self.asked = untrained, list[tuple[str, str, str]]()
 
-    def __call__(self, engine: str, python: Path, **asked: Any) -> Served:
-        self.asked.append((engine, asked["drafter"].name, asked["method"]))
-        assert any(asked["drafter"].iterdir())
-        asked["log"].write_text("loaded\n")
-        target = Pretrained(path=str(asked["target"]), dtype=asked["dtype"]).load()
-        length = asked["draft_length"]
-        question = Question.of(target, asked["prompts"], asked["max_new_tokens"], length)
+    def __call__(self, engine: str, python: Path, asked: Asked, **more: Any) -> Served:
+        self.asked.append((engine, more["drafter"].name, more["method"]))
+        assert any(more["drafter"].iterdir())
+        more["log"].write_text("loaded\n")
+        target = Pretrained(path=str(asked.target), dtype=asked.dtype).load()
+        question = Question.of(target, asked.prompts, max(asked.lengths), asked.draft_length)
+        assert [len(ids) for ids in question.plain] == asked.lengths
         drafter = load(self.untrained, target.shape)
-        drafter.draft_length = length  # type: ignore[assignment]
+        drafter.draft_length = asked.draft_length  # type: ignore[assignment]
         rows = agreement.here(question, drafter, drafts_first=True, cuts_last=True)
         drafts, *accepted = (sum(column) for column in zip(*rows, strict=True))
         ids = question.plain

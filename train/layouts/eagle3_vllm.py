@@ -7,10 +7,12 @@ other settings is k for transformers' hidden_states[k] (vLLM), inside `eagle_con
 of fc are written in that order. What no id can name: the last state, which vLLM has before the
 final norm.
 
-Shapes: T tokens, L taps, D the target's width, R rows of the drafter's head, V vocabulary.
+Shapes: T tokens, L taps, D the target's width, E = L x D, R rows of the drafter's head, V
+vocabulary.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,17 @@ from train.layouts.given import Facts, Prompt
 METHOD, ENGINES = "eagle3", ("vllm", "sglang", "openvino")
 IDS = "eagle_aux_hidden_state_layer_ids"
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A drafter's files, whatever the layout: all settings, those of its layer, the ids of its taps
+    (None: none is named) and its tensors."""
+
+    config: Mapping[str, Any]
+    layer: Mapping[str, Any]
+    ids: list[int] | None
+    tensors: dict[str, Tensor]
 
 
 def fits(config: Mapping[str, Any], names: set[str]) -> bool:
@@ -87,25 +100,18 @@ def read(folder: Path, shape: Shape, target: Target | None = None) -> Eagle3:
             f"{alone} for SGLang (one more than written); make them agree"
         )
     mine = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in saved.items()}
-    return drafter_of(config, config, ids or alone, mine, folder, shape, target)
+    return drafter_of(Written(config, config, ids or alone, mine), folder, shape, target)
 
 
-def drafter_of(
-    config: Mapping[str, Any],
-    layer: Mapping[str, Any],
-    ids: list[int] | None,
-    saved: dict[str, Tensor],
-    folder: Path,
-    shape: Shape,
-    target: Target | None,
-) -> Eagle3:
-    """The drafter of a configuration, that of its layer, the ids of its taps and our names."""
-    llama.require(layer, shape, folder)
-    _require(config, shape, folder)
+def drafter_of(written: Written, folder: Path, shape: Shape, target: Target | None) -> Eagle3:
+    """The drafter of these files, whose tensors have our names."""
+    saved = written.tensors
+    llama.require(written.layer, shape, folder)
+    _require(written.config, shape, folder)
     only_borrowed(saved, target, folder, ("embed_tokens.weight",))
-    rows = config.get("draft_vocab_size") or shape.vocab_size
+    rows = written.config.get("draft_vocab_size") or shape.vocab_size
     _require_map(saved, rows, shape.vocab_size, folder)
-    drafter = Eagle3(shape, taps=ids, vocabulary=rows)
+    drafter = Eagle3(shape, taps=written.ids, vocabulary=rows)
     files.fill(drafter, saved, folder)
     return drafter.eval()
 
@@ -165,21 +171,14 @@ def logits(folder: Path, prompt: Prompt, facts: Facts, depth: int) -> list[Tenso
     layers = facts.shape.layers
     nested = (config.get("eagle_config") or {}).get(IDS)
     ids = config.get(IDS) or nested or [2, layers // 2, layers - 3]
-    return computed(weights, config, config, sorted(ids), prompt, facts, depth)
+    return computed(Written(config, config, ids, weights), prompt, facts, depth)
 
 
-def computed(
-    weights: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    layer_config: Mapping[str, Any],
-    ids: list[int],
-    prompt: Prompt,
-    facts: Facts,
-    depth: int,
-) -> list[Tensor]:
-    """The same from its parts; `weights` in the names of vLLM's modules, whatever their dtype."""
-    w = {n: t.float() if t.is_floating_point() else t for n, t in weights.items()}
-    layer = plain.Layer.of(w, "layers.0.", layer_config)
+def computed(written: Written, prompt: Prompt, facts: Facts, depth: int) -> list[Tensor]:
+    """The same of files whose tensors have the names of vLLM's modules, whatever their dtype."""
+    assert written.ids is not None, "vLLM has a default where none is named"
+    w = {n: t.float() if t.is_floating_point() else t for n, t in written.tensors.items()}
+    config, layer = written.config, plain.Layer.of(w, "layers.0.", written.layer)
     before = bool(config.get("norm_before_residual", False))
 
     def step(stream_SD: Tensor, embed_SD: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,7 +188,8 @@ def computed(
         said_SD = plain.rms(out_SD, w["norm.weight"], layer.eps)
         return (said_SD if config.get("norm_output", False) else out_SD), said_SD
 
-    streams_TD = prompt.states_LTD[ids].transpose(0, 1).flatten(1) @ w["fc.weight"].T
+    taps_TE = prompt.states_LTD[sorted(written.ids)].transpose(0, 1).flatten(1)
+    streams_TD = taps_TE @ w["fc.weight"].T
     own = w.get("embed_tokens.weight")
     embed_TD = facts.borrowed.embed(prompt.ids_T) if own is None else own[prompt.ids_T]
     found = plain.guesses(streams_TD, embed_TD, depth, step)

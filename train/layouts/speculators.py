@@ -19,7 +19,7 @@ from drafters.base import Trained
 from drafters.eagle3 import Eagle3
 from drafters.files import write_json
 from train.layouts import files, llama
-from train.layouts.eagle3_vllm import FLAGS, IDS, computed, drafter_of, rising
+from train.layouts.eagle3_vllm import FLAGS, IDS, Written, computed, drafter_of, rising
 from train.layouts.given import Facts, Prompt, embedding
 
 METHOD, ENGINES = "eagle3", ("vllm", "speculators")
@@ -87,7 +87,7 @@ def read(folder: Path, shape: Shape, target: Target | None = None) -> Eagle3:
             "(absent, vLLM takes it for true and speculators for false): write both"
         )
     mine = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in saved.items()}
-    return drafter_of(config, layer, config.get(IDS), mine, folder, shape, target)
+    return drafter_of(Written(config, layer, config.get(IDS), mine), folder, shape, target)
 
 
 def logits(folder: Path, prompt: Prompt, facts: Facts, depth: int) -> list[Tensor]:
@@ -96,5 +96,5 @@ def logits(folder: Path, prompt: Prompt, facts: Facts, depth: int) -> list[Tenso
     config, layers = files.config(folder), facts.shape.layers
     ids = config.get(IDS) or [2, layers // 2, layers - 3]
     known = {"norm_before_residual": True} | config
-    layer = config["transformer_layer_config"]
-    return computed(files.tensors(folder), known, layer, sorted(ids), prompt, facts, depth)
+    written = Written(known, config["transformer_layer_config"], ids, files.tensors(folder))
+    return computed(written, prompt, facts, depth)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from eval.forms import TARGET
 from eval.markdown import grid, number
 from eval.sections import sentence
 from train.publishing import measured, uses
@@ -14,7 +15,7 @@ from train.publishing.measured import plain
 
 Row = dict[str, Any]
 DEFINED = ("speedup", "tau", "n", "interval", "tokens/s", "break-even", "predicted", "repetitive")
-TARGET = "train.base.BaseTarget"
+MADE_HERE = "train.base.BaseTarget"
 LICENCES = {
     "apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0",
     "mit": "https://opensource.org/license/mit",
@@ -114,9 +115,11 @@ def _opening(facts: Facts) -> Iterator[str]:
     if not facts.report["headline"]:
         yield "**Its speed at batch 1 was not measured.**"
     if change := facts.conditions.get("target_change"):
+        merged = TARGET in facts.formats
         yield (
             f"**It does not leave the target as it was:** {plain(change['said'])}. The matrices "
-            "are in `target_adapter` (peft); merge them into the target before you serve it."
+            "are in `target_adapter` (peft); merge them into the target before you serve it"
+            + (", or serve the one in `target/`, where they are." if merged else ".")
         )
     else:
         yield (
@@ -146,7 +149,7 @@ def _revision(facts: Facts) -> str:
     known = facts.provenance["target"]["revision"]
     if facts.base:
         return f"commit `{known}`" if known else "at an unknown commit"
-    made = any(s["config"]["_target_"] == TARGET for s in facts.provenance["stages"].values())
+    made = any(s["config"]["_target_"] == MADE_HERE for s in facts.provenance["stages"].values())
     where = "made by the stage target below and not published here; " if made else ""
     return f"{where}sha256 of its files `{known[:12] if known else 'unknown'}`"
 
@@ -273,11 +276,10 @@ def _files(facts: Facts) -> str:
         "- `manifest.json`: size and sha256 of every other file",
     ]
     for name, entry in facts.formats.items():
+        read = f"the drafter in the layout `{name}`, read by {', '.join(entry['engines'])}"
+        told = "; ".join([*([read] if name != TARGET else []), *entry["notes"]])
         if entry["place"] != ".":
-            told = "; ".join([f"read by {', '.join(entry['engines'])}", *entry["notes"]])
-            lines.append(
-                f"- `{entry['place']}/`: the drafter in the layout `{name}`, {plain(told)}"
-            )
+            lines.append(f"- `{entry['place']}/`: {plain(told)}")
     if facts.served is not None:
         lines.append("- `served.json`, `logs/`: what engines did with it, and what they printed")
     return "\n".join(lines)

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from eval.engines.snippets import snippet
-from eval.forms import OWN
+from eval.engines.snippets import named, snippet
+from eval.forms import OWN, TARGET
 from eval.markdown import interval
 from train.publishing.measured import DRAFTER, plain
 
@@ -59,8 +59,8 @@ def _ran(facts: "Facts", row: Row) -> Iterator[str]:
         f"{'There' if code else where}, in {facts.served_dtype}, {equal['identical']} of "
         f"{equal['n']} greedy answers were the target's own, {equal['near_ties']} parted at a near "
         f"tie, {equal['wrong']} were wrong; {tau['there']:.2f} tokens per target call, where "
-        f"draftsmith's loop has {interval(tau['here'])}. Answers run on past their ends in this "
-        f"comparison, so that fewer tokens are accepted than in those above ([log]({row['log']}))."
+        f"draftsmith's loop, drafting the same chain of {chain(facts)} on the same prompts, has "
+        f"{interval(tau['here'])} ([log]({row['log']}))."
     )
 
 
@@ -74,15 +74,20 @@ def _not_run(facts: "Facts", entry: Row) -> Iterator[str]:
 
 
 def code_of(facts: "Facts", entry: Row) -> str | None:
-    """What the stage serve runs, with names in the place of folders; None: there is none."""
+    """What the stage serve ran, or would run, with names in the place of folders; None: there is
+    none."""
     place = facts.formats.get(entry["format"], {}).get("place", ".")
     drafter = facts.repository or FOLDER
     drafter = drafter if place == "." else f"{drafter}/{place}"
-    layout = f"{facts.family}/{entry['format']}"
+    code = (entry.get("snippet") or {}).get("code")
     try:
-        return snippet(entry["engine"], layout, _target(facts), drafter, chain(facts))
+        code = code or snippet(entry["engine"], f"{facts.family}/{entry['format']}", chain(facts))
     except ValueError:
         return None
+    target = _target(facts)
+    if TARGET in facts.formats:  # the one that the drafter changes
+        target = f"{facts.repository or FOLDER}/{TARGET}"
+    return named(code, target, drafter)
 
 
 def chain(facts: "Facts") -> int:
