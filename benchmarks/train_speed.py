@@ -9,6 +9,7 @@ Forward KL from a frozen target on the same packed sequences (same masks, same d
 drafter, batch, AdamW and bf16. Sides, each in a process of its own, in turn, `--repeats` times:
 
     online       ours: the target's pass and the drafter's
+    compiled     ours, with schedule.compile (--compile)
     offline      ours, with a cache of states in the target's place (--cache)
     trainer      a plain transformers Trainer (family lm)
     given        ours, with the target's states in a file (family eagle3), as speculators has them
@@ -62,14 +63,15 @@ def main() -> None:
             sides += ["given"] + ["speculators"] * bool(asked.speculators_python)
         else:
             sides += ["trainer"]
-        sides += ["offline"] * bool(asked.cache)
+        sides += ["compiled"] * asked.compile + ["offline"] * bool(asked.cache)
         found: dict[str, list[dict]] = {side: [] for side in sides}
         for _ in range(asked.repeats):
             for side in found:
                 found[side].append(child(asked, side))
                 print(side, json.dumps(found[side][-1]), flush=True)
     report: dict = {side: middle(runs) for side, runs in found.items()}
-    for a, b in (("online", "trainer"), ("offline", "online"), ("given", "speculators")):
+    compared = [("online", "trainer"), ("compiled", "online"), ("offline", "online")]
+    for a, b in (*compared, ("given", "speculators")):
         if a in found and b in found:
             pairs = zip(found[a], found[b], strict=True)
             ratios = sorted(x["tokens_per_second"] / y["tokens_per_second"] for x, y in pairs)
@@ -91,6 +93,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="sequences of a step, one micro-batch")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="beside it, compiled")
     parser.add_argument("--speculators-python")
     parser.add_argument("--attention", default="sdpa", help="of speculators on a CPU")
     parser.add_argument("--out", default="benchmarks/results/train_speed")
@@ -187,7 +190,7 @@ def ours(asked: argparse.Namespace) -> dict[str, Any]:
     join()
     engine = Engine(
         drafter, dtype="bfloat16", zero_stage=1, micro_batch=asked.batch, accumulation=1,
-        clip=1.0, betas=(0.9, 0.95), weight_decay=0.1,
+        clip=1.0, betas=(0.9, 0.95), weight_decay=0.1, compiled=asked.side == "compiled",
     )  # fmt: skip
     objective, begin = ForwardKL(), 0.0
     for step, batch in enumerate(batches(asked, packed)):
@@ -297,7 +300,8 @@ def result(
 
 
 SIDES = {
-    "online": ours, "given": ours, "offline": ours, "trainer": trainer, "write": write,
+    "online": ours, "compiled": ours, "given": ours, "offline": ours, "trainer": trainer,
+    "write": write,
 }  # fmt: skip
 
 

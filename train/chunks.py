@@ -13,6 +13,7 @@ from torch import Tensor
 from decoding.target import Target
 from drafters.base import Prediction
 
+BLOCK = 4096  # rows of a head whose gradient is made at once on a CPU
 Sums = dict[str, Tensor]
 Judge = Callable[[int, Tensor], tuple[Tensor, Sums]]  # a prediction's number, its logits
 
@@ -78,7 +79,8 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(None if grad is None else grad * grad_out for grad in ctx.saved_tensors)
+        """Scales the gradients in place; autograd refuses a second pass over the same graph."""
+        return None, *(None if grad is None else grad.mul_(grad_out) for grad in ctx.saved_tensors)
 
 
 def _judged(
@@ -111,8 +113,19 @@ def _judged(
         (grad_CV,) = torch.autograd.grad(loss, logits_CV)
         if grad_ND is not None:
             grad_ND[at] = grad_CV @ weight_VD
-        if grad_VD is not None and grad_CV.dtype == torch.float32:
-            grad_VD.addmm_(grad_CV.T, h_CD)  # no second V x D beside it
-        elif grad_VD is not None:
-            grad_VD += grad_CV.T @ h_CD
+        if grad_VD is not None:
+            _add_product(grad_VD, grad_CV, h_CD)
     return loss.detach()
+
+
+def _add_product(grad_VD: Tensor, grad_CV: Tensor, h_CD: Tensor) -> None:
+    """Adds grad_CV^T h_CD, in fp32 and without a second V x D beside it: rounded products are made
+    for a block of rows at a time, which stays in a CPU's cache (one of all rows is new memory for
+    each chunk, and took nearly half of a bf16 loss at V = 152,000)."""
+    if grad_CV.dtype == torch.float32:
+        grad_VD.addmm_(grad_CV.T, h_CD)
+        return
+    rows = len(grad_VD) if grad_VD.is_cuda else BLOCK
+    for begin in range(0, len(grad_VD), rows):
+        block = slice(begin, begin + rows)
+        grad_VD[block] += grad_CV[:, block].T @ h_CD

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from decoding.ranks import PATIENCE, backend, ranks
 from decoding.ranks import join as join_group
 
+COMPILED: dict[str, Any] = {
+    "fallback_random": True
+}  # dropout draws what it draws without compiling
 ALONE = {
     "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "0",
@@ -63,6 +66,11 @@ class Engine:
     dtype bfloat16: weights and activations; masters and moments are fp32. Gradients are added up
     in fp32 over the micro-batches, except at stage 0, where DeepSpeed adds them in bf16.
     A module may have `slow`: prefixes of parameter names, each with its share of the rate.
+
+    compiled: the passes of the engine alone run the module's blocks (`_blocks`) through
+    torch.compile, once for each shape that they meet, so that a resumed run runs the same kernels.
+    The module itself stays what it was: whoever calls it, saves it or decodes with it sees no
+    compiled code.
     """
 
     def __init__(
@@ -76,6 +84,7 @@ class Engine:
         clip: float,
         betas: tuple[float, float],
         weight_decay: float,
+        compiled: bool = False,
     ) -> None:
         import deepspeed
 
@@ -90,6 +99,7 @@ class Engine:
         self.module, self.stage, self.clip = module, zero_stage, clip
         self.bare = zero_stage == 0 and dtype == "float32"  # DeepSpeed wraps nothing around AdamW
         self.trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        self.compiled = _compiled(module) if compiled else []
         groups = _groups(self.trained, weight_decay, getattr(module, "slow", {}))
         ordered = [parameter for group in groups for parameter in group["params"]]
         config = {
@@ -136,7 +146,13 @@ class Engine:
         return masters
 
     def __call__(self, *inputs: Any) -> Any:
-        return self.engine(*inputs)
+        try:
+            for block, forward in self.compiled:
+                block.forward = forward
+            return self.engine(*inputs)
+        finally:
+            for block, _ in self.compiled:
+                del block.forward
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
@@ -249,6 +265,28 @@ class Engine:
         self.engine.destroy()
         for name, parameter in self.module.named_parameters():
             parameter.data = kept[name].to(parameter.device)
+
+
+def _compiled(module: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """The module's blocks, each with its compiled forward. Shapes are static: those of packed
+    sequences are, and kernels for any size need not give the same bits."""
+    return [
+        (block, torch.compile(block.forward, dynamic=False, options=COMPILED))
+        for block in _blocks(module)
+    ]
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules with parts of their own that are no lists or models: decoder layers,
+    residual blocks. What stands between them (supervised tokens picked, losses) has sizes that
+    differ from batch to batch."""
+    from transformers import PreTrainedModel
+
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, PreTrainedModel)):
+            yield from _blocks(child)
+        elif list(child.children()):
+            yield child
 
 
 def _share(value: Tensor, size: int) -> Tensor:

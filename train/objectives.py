@@ -192,8 +192,8 @@ def _padded(predictions: list[Prediction]) -> list[Prediction]:
 
 def _slices(predictions: list[Prediction], target: Target | None) -> list[slice]:
     """Chunks of tokens whose logits, the drafter's or the target's, have CHUNK_ELEMENTS; of a large
-    vocabulary up to four times as many, since the head and its gradient are read anew for each: of
-    152,000, 64 tokens at a time take three fifths of the time of 16 at a time (bf16, D = 512)."""
+    vocabulary up to four times as many, since the head and its gradient are read anew for each:
+    up to 32 MiB in fp32, above which the C library takes new memory each time (docs/scale.md)."""
     hidden_ND = predictions[0].hidden_ND
     rows = [len(p.weight_VD) for p in predictions if p.weight_VD is not None]
     rows += [target.shape.vocab_size] if target is not None else []

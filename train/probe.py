@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -103,8 +104,11 @@ def probe(
     module: nn.Module, step: Step, batch: Batch, schedule: Schedule, ranks: int, frozen: Any = None
 ) -> str:
     """Measures the step of a stage that is about to train on `batch`, its longest micro-batch, and
-    returns a line that says memory and time. Raises OSError when the memory at hand is too little:
-    it names what needs it and the keys to lower."""
+    returns a line that says memory and time (without torch.compile, which takes less of both once
+    it has compiled). Raises OSError when the memory at hand is too little: it names what needs it
+    and the keys to lower; and when torch.compile is asked for and does not work here."""
+    if schedule.compile:
+        require_compiler()
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     free, here = memory_free(), neighbours(ranks)
     state = held(trained, schedule.zero_stage, ranks, schedule.dtype)
@@ -140,6 +144,20 @@ def require(state: int, peak: int, free: int, ranks: int, schedule: Schedule) ->
         f"here ({gib(state)} for weights, gradients, optimiser and saving, {gib(peak)} for "
         f"activations and logits), and {gib(free)} are free; {keys}"
     )
+
+
+def require_compiler() -> None:
+    """Raises OSError where torch.compile cannot make and run a kernel, forward and backward."""
+    options: Any = {"fx_graph_cache": False}  # a kernel found on disk proves no compiler
+    kernel = torch.compile(lambda x: F.silu(x).sum(), dynamic=False, options=options)
+    try:
+        kernel(torch.ones(8, device=device(), requires_grad=True)).backward()
+    except Exception as error:  # whatever a compiler, a driver or a package of it says
+        why = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        raise OSError(
+            f"schedule.compile is true and torch.compile does not work here ({why}): install a C++ "
+            "compiler and Python's headers, for a GPU triton too, or set schedule.compile=false"
+        ) from error
 
 
 def longest(batch: Batch) -> Batch:

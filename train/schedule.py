@@ -39,7 +39,9 @@ class Schedule:
     """How many tokens, and in what portions. Everything is counted in packed positions.
 
     tokens: of the whole run; batch_tokens: of one optimiser step over all ranks; micro_batch:
-    sequences that one rank holds at once (changes speed and memory, never the result).
+    sequences that one rank holds at once (changes speed and memory, never the result); compile:
+    torch.compile for the drafter's training pass (train/engine.py), whose kernels round otherwise,
+    so that it is another run.
     """
 
     free = frozenset({"micro_batch", "zero_stage"})
@@ -51,6 +53,7 @@ class Schedule:
     zero_stage: int = 1
     dtype: str = "bfloat16"
     seed: int = 0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if min(self.tokens, self.batch_tokens, self.sequence_length, self.micro_batch) < 1:
@@ -61,6 +64,11 @@ class Schedule:
             )
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"deepspeed.zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "schedule.compile is true and deepspeed.zero_stage 3, which gathers and drops the "
+                "weights amid what would be compiled; set deepspeed=zero2, or compile to false"
+            )
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"schedule.dtype is {self.dtype!r}; it must be bfloat16 or float32")
         if self.batch_tokens % self.sequence_length or self.tokens < self.batch_tokens:
