@@ -44,9 +44,12 @@ class Distill:
     `validate_every` steps; null: eight times a run) also decodes held-out prompts: the drafter that
     is saved is the one that decoded best, and training ends with exit code 3 when decoding and the
     training pass disagree on what it guesses.
+
+    After `pause_at` tokens (null: never) it validates, saves and ends without being done; with a
+    later one, or none, it goes on to the same drafter, bit for bit (train/halving.py).
     """
 
-    free = frozenset({"tracker"})
+    free = frozenset({"tracker", "pause_at"})
 
     def __init__(
         self,
@@ -60,7 +63,10 @@ class Distill:
         init: str | None = None,
         tracker: Jsonl | None = None,
         validate_every: int | None = None,
+        pause_at: int | None = None,
     ) -> None:
+        if pause_at is not None and pause_at < 1:
+            raise ValueError(f"pause_at is {pause_at}; it must be null or at least 1 token")
         if validate_every is not None and validate_every < 1:
             raise ValueError(
                 f"validate_every is {validate_every}; it must be a number of steps from 1, or null"
@@ -68,7 +74,7 @@ class Distill:
         self.target, self.drafter, self.objective = target, drafter, objective
         self.schedule, self.optim = schedule, optim
         self.data, self.init, self.tracker = data, init, tracker
-        self.validate_every = validate_every
+        self.validate_every, self.pause_at = validate_every, pause_at
 
     def check(self, needs: Collection[str]) -> None:
         """Refuses, before anything starts, what cannot work with these needs."""
@@ -109,6 +115,10 @@ class Distill:
         assert issubclass(self.drafter.cls, Trained)
         return self.objective.needs_target or self.drafter.cls.needs_target
 
+    def decodes(self, needs: Collection[str]) -> bool:
+        """Whether its validations decode with these needs, and so have a validation_tau."""
+        return self.reads_target and "data" in needs and "cache" not in needs
+
     def run(
         self,
         out: Path,
@@ -144,7 +154,7 @@ class Distill:
         tracker = Tracker(out, rank, self.tracker)
         loop = Loop(self.schedule, self.optim, out, tracker)
         print(self._probe(module, step, loop, frozen), flush=True)
-        metrics = loop.run(module, step, look_of(frozen, out), self.validate_every)
+        metrics = loop.run(module, step, look_of(frozen, out), self.validate_every, self.pause_at)
         if whole is not None:
             require_unchanged(whole, before)
         if rank == 0:

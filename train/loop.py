@@ -20,8 +20,9 @@ from eval.controls import Failed
 from train import resume
 from train.engine import Engine, join, sum_over_ranks
 from train.guard import STOP, Guard, Preempted, Told, naming_memory, poisoned, require_labels
+from train.halving import record, step_at
 from train.machine import peak_memory
-from train.resume import Best, Position
+from train.resume import Best, Paused, Position
 from train.schedule import AdamW, Schedule
 from train.track import Tracker
 
@@ -51,23 +52,33 @@ class Loop:
         self.at, self.saved, self.saved_at = Position(), 0, 0.0  # step, and second of training
 
     def run(
-        self, module: nn.Module, step_fn: Step, look: Look | None = None, every: int | None = None
+        self,
+        module: nn.Module,
+        step_fn: Step,
+        look: Look | None = None,
+        every: int | None = None,
+        pause_at: int | None = None,
     ) -> dict[str, float]:
         """Trains `module`, and leaves it as it validated best (by `look`; else as it was last);
         step_fn(engine, batch) gives the summed loss and metrics. Validates after each `every`
         steps (None: eight times a run) and after the last.
 
-        Raises Preempted, after saving, when any rank was told to stop; Failed, after saving, when
-        `look` finds that training must end, and without when a guard does (train/guard.py).
+        Raises Preempted, after saving, when any rank was told to stop; Paused, after validating and
+        saving, when the first step is behind it that brings `pause_at` tokens, and is not the last;
+        Failed, after saving, when `look` finds that training must end, and without when a guard
+        does (train/guard.py).
         """
         every = every or max(1, self.schedule.steps // REPORTS)
+        until = step_at(pause_at or self.schedule.tokens, self.schedule.batch_tokens)
         resume.reserve(self.out / "checkpoints", module, self.ranks)
         with STOP.listening():
             engine = self._engine(module)
             self.at = self._resume(engine)
             first, best = self.at.step, Best(self.out / "best", self.ranks)
             try:
-                found = self._train(engine, step_fn, look, best, every)
+                found = self._train(engine, step_fn, look, best, every, until)
+                if until < self.schedule.steps:
+                    self._pause(engine, step_fn, look, found, until)
             except Told:
                 raise self._preempted(engine) from None
             finally:
@@ -82,9 +93,9 @@ class Loop:
         return counts | speed | found | best.give(engine)
 
     def _train(
-        self, engine: Engine, step_fn: Step, look: Look | None, best: Best, every: int
+        self, engine: Engine, step_fn: Step, look: Look | None, best: Best, every: int, until: int
     ) -> dict[str, float]:
-        """Steps to the end; what the last validation found."""
+        """Steps to the end, or to step `until`; what the last validation found."""
         plan, at = self.schedule, self.at
         save = max(1, plan.steps // CHECKPOINTS)
         found, owed = dict[str, float](), False
@@ -95,7 +106,7 @@ class Loop:
                 self.blamed.unlink(missing_ok=True)
         self.guard = Guard(engine, self.ranks, at.applied, plan.steps - at.step)
         with self._bar() as bar:
-            while at.step < plan.steps:
+            while at.step < min(until, plan.steps):
                 begin = time.perf_counter()
                 measured = self._step(engine, step_fn, at.step, plan.micro(self.world))
                 self.training += time.perf_counter() - begin
@@ -111,6 +122,28 @@ class Loop:
                     owed = False
         return found
 
+    def _pause(
+        self,
+        engine: Engine,
+        step_fn: Step,
+        look: Look | None,
+        found: dict[str, float],
+        until: int,
+    ) -> None:
+        """Ends this start, with the tau of this step on record. Raises Paused."""
+        at, plan = self.at, self.schedule
+        if at.step == until:
+            if not found or at.validated < at.step:
+                # a look alone: what is saved in the end must be what it is without a pause
+                found = self._validate(engine, step_fn, look, None)
+            self._save(engine)
+            if self.rank == 0:
+                record(self.out, at.step * plan.batch_tokens, found.get("validation_tau"))
+        raise Paused(
+            f"paused after step {at.step} of {plan.steps}, {at.step * plan.batch_tokens:,} tokens; "
+            "the same command with a later pause_at, or with none, goes on from there"
+        )
+
     def _engine(self, module: nn.Module) -> Engine:
         plan = self.schedule
         micro = plan.micro(self.world)
@@ -123,6 +156,7 @@ class Loop:
             clip=self.optim.clip,
             betas=self.optim.betas,
             weight_decay=self.optim.weight_decay,
+            compiled=plan.compile,
         )
 
     def _step(self, engine: Engine, step_fn: Step, step: int, micro: int) -> dict[str, float]:
@@ -193,9 +227,10 @@ class Loop:
 
     @torch.no_grad()
     def _validate(
-        self, engine: Engine, step_fn: Step, look: Look | None, best: Best
+        self, engine: Engine, step_fn: Step, look: Look | None, best: Best | None
     ) -> dict[str, float]:
-        """What it found. Raises Failed, after saving, where training must end."""
+        """What it found, which `best` is offered. Raises Failed, after saving, where training must
+        end."""
         if self.validation is None:
             return {}
         begin = time.perf_counter()
@@ -210,7 +245,7 @@ class Loop:
                 _add(sums, {"loss": loss.detach(), **metrics})
             seen, fault = look(module) if look else ({}, None)
         found = {f"validation_{k}": v for k, v in _means(sums).items()} | seen
-        if "validation_tau" in found and not fault:
+        if best and "validation_tau" in found and not fault:
             best.offer(engine, self.at, found["validation_tau"])
         self.at.validated = self.at.step
         spent = time.perf_counter() - begin

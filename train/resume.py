@@ -17,7 +17,11 @@ from decoding.ranks import Ranks
 from eval.controls import Failed
 from train import checkpoint
 from train.engine import STATE_KEYS, Engine
-from train.guard import bits, not_finite
+from train.guard import Preempted, bits, not_finite
+
+
+class Paused(Preempted):
+    """The run has come to where it was to pause, and has saved; it is not done."""
 
 
 @dataclass
