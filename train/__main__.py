@@ -5,8 +5,7 @@ import locale
 import os
 import re
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -16,14 +15,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.secrets import guard, redacted, refuse, refuse_word
-from train.compose import CONF, RECIPES, check_name, refuse_commands, resolvers
-from train.mistakes import explain, no_choice, options, quoted, several, unreadable
+from data.secrets import guard, redacted, refuse_word
+from train.compose import CONF, RECIPES, refuse_commands, resolvers
+from train.grid import axes_of, base_word, begun, each_part, first, no_sweep, swept
+from train.mistakes import explain, no_choice, options, quoted, unreadable
+from train.plugins import refusal
+from train.task import task
 
-SWEPT: list[tuple[int, float | None, str]] = []  # the runs of a sweep: code, speedup, overrides
 # Hydra's others read configurations from elsewhere, or a pickle
 SWITCHES = ("-m", "--multirun", "-c", "--cfg", "-p", "--package", "-i", "--info", "--resolve")
-HYDRA = ("hydra/sweeper", "hydra/launcher", "hydra.sweeper", "hydra.launcher", "hydra.sweep")
+SHOWS = ("-c", "--cfg", "-i", "--info")  # they run nothing
 HELP = """\
 draftsmith makes draft models for speculative decoding, and measures what they save.
 
@@ -31,7 +32,8 @@ draftsmith makes draft models for speculative decoding, and measures what they s
   python -m train recipe=NAME plan=true           show stages, sizes and costs; start nothing
   python -m train recipe=NAME view=true           show examples with the supervised tokens in colour
   python -m train recipe=NAME advise=true         time drafters: which would pay; train nothing
-  python -m train --multirun recipe=NAME stages.finetune.optim.lr=1e-4,3e-4     sweep
+  python -m train -m recipe=NAME sweep=lr         try several values and compare
+  python -m train -m recipe=NAME stages.finetune.optim.lr=1e-4,3e-4     the same with your own
   python -m train recipe=NAME --cfg job           print the whole configuration
 
 Recipes:
@@ -59,10 +61,30 @@ def main() -> None:
     if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return
-    _check(sys.argv[1:])
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_task)()
-    if SWEPT:
-        sys.exit(_conclude())
+    overrides = _check(sys.argv[1:])
+    if {"-m", "--multirun"} & set(sys.argv[1:]) and not set(SHOWS) & set(sys.argv[1:]):
+        sys.exit(_sweep(overrides))
+    _hydra()
+
+
+def _hydra() -> None:
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
+
+
+def _sweep(overrides: list[Override]) -> int:
+    """Runs every job of a sweep, whatever becomes of the others; returns the exit code."""
+    base = [word for word in (base_word(override) for override in overrides) if word]
+    composed = _composed(base, hydras=True)
+    try:
+        axes = axes_of(overrides, composed)
+        for words in each_part(overrides, axes):
+            _composed(words)
+        with begun(overrides, axes, composed) as (sweep, words):
+            given = [str(override.input_line) for override in overrides]
+            sys.argv[1:] = ["--multirun", *given, *words]  # argparse wants switches before words
+            return swept(sweep, _hydra)
+    except ValueError as error:
+        _stop(str(error))
 
 
 def _without_local_rank(words: list[str]) -> list[str]:
@@ -96,8 +118,9 @@ def help_text() -> str:
     return HELP.format(recipes="\n".join(lines), groups="\n".join(groups))
 
 
-def _check(arguments: list[str]) -> None:
-    """Composes once beforehand, so that a misspelling is one sentence with the valid names."""
+def _check(arguments: list[str]) -> list[Override]:
+    """The overrides among the arguments, after a first composition, so that a misspelling is one
+    sentence with the valid names."""
     for switch in (a.partition("=")[0] for a in arguments if a.startswith("-")):
         if switch not in SWITCHES:
             _stop(
@@ -107,35 +130,42 @@ def _check(arguments: list[str]) -> None:
     takes = ("-c", "--cfg", "-p", "--package", "-i", "--info")  # a word that is no override
     words = [a for before, a in pairs if not a.startswith("-") and before not in takes]
     overrides = _overrides(words)
-    plain = []
     for override in overrides:
-        key = str(override.key_or_group)
-        if key.startswith("hydra") and not key.startswith(HYDRA):
-            _stop(f"{key} cannot be set here; of Hydra's own settings {', '.join(HYDRA)} can")
-        if key.startswith("hydra") and "_target_" in str(override.input_line):
-            _stop(f"{override.input_line} names code; choose a plugin with hydra/sweeper=NAME")
-        if str(override.package or "").startswith(("hydra", "_global_")):
-            _stop(f"{override.input_line} would change settings of Hydra itself: leave it out")
-        chosen = str(override.input_line).partition("=")[2]
-        if (key == "recipe" or (CONF / key).is_dir()) and re.search(r"[/\\]|\.\.", chosen):
-            _stop(f"{override.input_line} leads out of conf/{key}, expected a name of a file there")
-        wrong = no_choice(override)
-        if wrong:
-            _stop(wrong)
-        if override.is_sweep_override() and not {"-m", "--multirun"} & set(arguments):
-            _stop(several(override))
-        if override.is_sweep_override() and "glob(" in str(override.input_line):
-            return  # Hydra expands it, and lists the options itself
-        key = override.get_key_element()
-        value = next(override.sweep_string_iterator()) if override.is_sweep_override() else None
-        plain.append(f"{key}={value}" if value is not None else str(override.input_line))
+        _check_word(override, bool({"-m", "--multirun"} & set(arguments)))
+    if any("glob(" in str(o.input_line) for o in overrides if o.is_sweep_override()):
+        return overrides  # Hydra expands it, and lists the options itself
+    plain = [first(override) for override in overrides]
     if not any(word.startswith("recipe=") for word in plain):
         _stop(f"no recipe was chosen: add recipe=NAME, one of {', '.join(options('recipe'))}")
+    _composed(plain)
+    return overrides
+
+
+def _check_word(override: Override, multirun: bool) -> None:
+    """Refuses a word that reaches where it may not, or is no choice."""
+    key, line = str(override.key_or_group), str(override.input_line)
+    if key.startswith("hydra"):
+        wrong = refusal(override)
+        if wrong:
+            _stop(wrong)
+        return
+    if str(override.package or "").startswith(("hydra", "_global_")):
+        _stop(f"{line} would change settings of Hydra itself: leave it out")
+    chosen = line.partition("=")[2]
+    if (key == "recipe" or (CONF / key).is_dir()) and re.search(r"[/\\]|\.\.", chosen):
+        _stop(f"{line} leads out of conf/{key}, expected a name of a file there")
+    wrong = no_choice(override) or no_sweep(override, multirun)
+    if wrong:
+        _stop(wrong)
+
+
+def _composed(words: list[str], hydras: bool = False) -> DictConfig:
+    """The configuration of these words; with `hydras`, Hydra's own settings too."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         try:
-            hydra.compose("config", plain)
+            return hydra.compose("config", words, return_hydra_config=hydras)
         except (HydraException, OmegaConfBaseException) as error:
-            _stop(explain(error, plain))
+            _stop(explain(error, words))
 
 
 def _overrides(words: list[str]) -> list[Override]:
@@ -146,56 +176,6 @@ def _overrides(words: list[str]) -> list[Override]:
         except HydraException:
             _stop(unreadable(word))
     return found
-
-
-def _task(config: DictConfig) -> float | None:
-    """Runs one composed recipe, or advises on it; returns the headline speedup for sweepers."""
-    try:
-        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        _stop(explain(error, []))
-    assert isinstance(plain, dict)
-    settings = {str(key): value for key, value in plain.items()}
-    for switch in ("plan", "view", "advise"):
-        if not isinstance(settings[switch], bool):
-            _stop(f"{switch} is {settings[switch]!r}; it must be true or false")
-    from hydra.core.hydra_config import HydraConfig
-
-    here = HydraConfig.get()
-    try:
-        refuse(settings, "")
-        name = check_name("recipe", here.runtime.choices["recipe"])
-    except ValueError as error:
-        _stop(str(error))
-    run = _runner(settings)
-    if here.mode is not None and here.mode.name == "MULTIRUN":
-        words = [word for word in here.overrides.task if not word.startswith("recipe=")]
-        print(f"\n=== run {here.job.num} of the sweep: {name} {' '.join(words)}", flush=True)
-        code, value = run(f"{name}-{here.job.num}", settings)
-        SWEPT.append((code, value, " ".join(words)))
-        return value
-    code, value = run(name, settings)
-    if code:
-        sys.exit(code)
-    return value
-
-
-def _runner(settings: dict[str, Any]) -> Callable[[str, dict[str, Any]], tuple[int, float | None]]:
-    """What the switches ask for: one recipe's name and settings -> exit code and speedup."""
-    if settings["advise"]:
-        from train.advise import run_advice
-
-        return run_advice
-    from train.run import run_recipe
-
-    return run_recipe
-
-
-def _conclude() -> int:
-    """A line for each run of a sweep; returns the first exit code that was not 0."""
-    for code, value, words in SWEPT:
-        print(f"{words or 'as it is'}: " + (f"exit code {code}" if code else f"speedup {value}"))
-    return next((code for code, *_ in SWEPT if code), 0)
 
 
 def _stop(sentence: str) -> NoReturn:

@@ -21,11 +21,13 @@ import yaml
 from omegaconf import OmegaConf
 
 from data.secrets import refuse
+from train import axes
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
 ROOMS = ("decoding", "drafters", "data", "eval", "train")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of what becomes a file's or folder's name
+AXIS = re.compile(r"(?!hydra\b)[a-z_]\w*(\.\w+)*(@(?!hydra\b|_)\w+(\.\w+)*)?")
 PLAIN = {
     int: "a whole number",
     float: "a number",
@@ -39,11 +41,13 @@ ENVIRONMENT = {"DRAFTSMITH_SHARED": "../shared"}  # what a configuration may rea
 
 
 def resolvers() -> None:
-    """Leaves configurations one resolver, `${env:NAME}`, for a short list of names."""
+    """Leaves configurations `${env:NAME}`, for a short list of names, and what the presets of
+    sweeps compute with (train/axes.py)."""
     OmegaConf.clear_resolvers()  # which leaves OmegaConf's own, oc.env among them
     for name in ("create", "decode", "deprecated", "dict.keys", "dict.values", "env", "select"):
         OmegaConf.clear_resolver(f"oc.{name}")
     OmegaConf.register_new_resolver("env", _environment)
+    axes.register()
 
 
 def _environment(name: str) -> str:
@@ -86,15 +90,29 @@ def inside(root: Path, *parts: str) -> Path:
 
 def refuse_commands(file: Path) -> None:
     """Raises ValueError for a part or recipe that does more than name parts and settings: one that
-    reaches Hydra's own settings, which can run code, or a file outside of conf/ and recipes/."""
+    reaches Hydra's own settings, which can run code, or a file outside of conf/ and recipes/. A
+    preset of conf/sweep/ may also name keys to sweep (hydra.sweeper.params), which are words like
+    those of a command."""
     text = file.read_text(encoding="utf-8")
     config = yaml.safe_load(text)
-    header = re.search(r"^\s*#\s*@package\s", text, re.MULTILINE)
-    for name in [*(["@package"] if header else []), *_reaching(config)]:
+    header = re.search(r"^\s*#\s*@package\s+(\S*)", text, re.MULTILINE)
+    preset = file.parent.name == "sweep" and header is not None and header[1] == "_global_"
+    if preset and isinstance(config, dict) and _sweeps(config.get("hydra")):
+        config = {key: value for key, value in config.items() if key != "hydra"}
+    for name in [*(["@package"] if header and not preset else []), *_reaching(config)]:
         raise ValueError(
             f"{file.name}: {name!r} is not for a recipe or part, which names parts of conf/ and "
             "their settings only; Hydra's own settings could run code: remove it"
         )
+
+
+def _sweeps(settings: Any) -> bool:
+    """Whether these settings of Hydra's are keys to sweep and nothing else."""
+    sweeper = settings.get("sweeper") if isinstance(settings, dict) and len(settings) == 1 else None
+    params = sweeper.get("params") if isinstance(sweeper, dict) and len(sweeper) == 1 else None
+    return isinstance(params, dict) and all(
+        AXIS.fullmatch(str(key)) and isinstance(value, str) for key, value in params.items()
+    )
 
 
 def _reaching(config: Any) -> Iterator[str]:

@@ -38,7 +38,7 @@ def no_choice(override: Override) -> str | None:
     if group != "recipe" and not (CONF / group).is_dir():
         return None
     names, value = ", ".join(options(group)), override.value()
-    if isinstance(value, list) and group != "suite":  # whose tasks add up
+    if isinstance(value, list) and group not in ("suite", "preflight"):  # which add up
         return f"{override.input_line} names several, expected one of {names}"
     if override.is_delete() or override.is_sweep_override() or isinstance(value, str | list):
         return None

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from train.launch import Launch
 from train.plan import Planned, plan
 from train.preflight import preflight
 from train.processes.crew import Crew
+from train.processes.watch import FAILED
 from train.seal import reopen
+from train.sweep import PAUSED, STOPPED, Job
 
 BAD_INPUT, ENVIRONMENT = 2, 4
 TRAINING = ("train.distill.Distill", "train.base.BaseTarget")
@@ -23,21 +26,26 @@ ALONE = ("eval.tune_tree.TuneTree", "eval.skip_layers.SkipLayers")  # which load
 SEVERAL_RANKS = (*TRAINING, *DECODING, "train.cache.CacheStates")
 
 
-def run_recipe(name: str, config: dict[str, Any]) -> tuple[int, float | None]:
+def run_recipe(
+    name: str, config: dict[str, Any], job: Job | None = None
+) -> tuple[int, float | None]:
     """Does what the switches ask; returns the exit code and the headline speedup, if measured.
+    job: of a sweep, which notes how it goes, and waits for stages that others are making.
 
     Where a launcher has started this command several times, that of rank 0 does it, and the others
     run its stages with it."""
     crew = Crew.here()
     if crew and not crew.leads:
         return crew.follow(config), None
-    code, speedup = _run_recipe(name, config, crew)
+    code, speedup = _run_recipe(name, config, crew, job)
     if crew:
         crew.end(code)
     return code, speedup
 
 
-def _run_recipe(name: str, config: dict[str, Any], crew: Crew | None) -> tuple[int, float | None]:
+def _run_recipe(
+    name: str, config: dict[str, Any], crew: Crew | None, job: Job | None
+) -> tuple[int, float | None]:
     if config["plan"]:  # priced from what is at hand: no waiting for a Hub that may not answer
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
@@ -65,13 +73,13 @@ def _run_recipe(name: str, config: dict[str, Any], crew: Crew | None) -> tuple[i
         print(*preflight(config, stages, launch, root), sep="\n", flush=True)
         if crew:
             crew.begin(config)
-        return _run(name, launch, stages, root, crew)
+        return _run(name, launch, stages, root, crew, job)
     except ValueError as error:
-        return _say(BAD_INPUT, error), None
+        return _say(BAD_INPUT, error, job), None
     except OSError as error:
-        return _say(ENVIRONMENT, error), None
+        return _say(ENVIRONMENT, error, job), None
     except KeyboardInterrupt:
-        return _say(130, "stopped; the same command goes on where it was"), None
+        return _say(130, "stopped; the same command goes on where it was", job), None
 
 
 def _refuse_sharding(stage: Planned, ranks: int) -> None:
@@ -93,33 +101,65 @@ def _refuse_sharding(stage: Planned, ranks: int) -> None:
 
 
 def _run(
-    name: str, launch: Launch, stages: list[Planned], root: Path, crew: Crew | None
+    name: str,
+    launch: Launch,
+    stages: list[Planned],
+    root: Path,
+    crew: Crew | None,
+    job: Job | None,
 ) -> tuple[int, float | None]:
     reopen(stages)
-    write_json(root / f"{name}.json", {s.name: str(s.folder) for s in stages})
+    if job:
+        job.planned(stages)
+    else:
+        write_json(root / f"{name}.json", {s.name: str(s.folder) for s in stages})
     for number, stage in enumerate(stages, 1):
         head = f"[{number}/{len(stages)}] {stage.name}"
-        if stage.done:
-            print(f"{head}: done before, {_shown(stage.folder)}", flush=True)
-            continue
-        print(f"{head}: {_shown(stage.folder)}", flush=True)
-        _write(stage)
-        parallel = stage.config["_target_"] in SEVERAL_RANKS
-        job = crew.announce(stage.folder, launch.hang_seconds) if crew and parallel else None
-        code = launch.run(stage.folder, parallel, job)
+        head = f"run {job.number}: {head}" if job else head
+        with job.turn(stage.folder) if job and not stage.done else nullcontext():
+            code = _make(head, launch, stage, crew)
         if code or not stage.done:
-            print(
-                f"{head} ended with exit code {code}; what it has made is kept, and the same "
-                "command goes on from there",
-                file=sys.stderr,
-            )
-            return _exit_code(code), None
+            return _ended(head, stage, code, job), None
     return 0, _summary(name, stages)
+
+
+def _make(head: str, launch: Launch, stage: Planned, crew: Crew | None) -> int:
+    """Runs a stage, unless it is done; its exit code."""
+    if stage.done:
+        print(f"{head}: done before, {_shown(stage.folder)}", flush=True)
+        return 0
+    print(f"{head}: {_shown(stage.folder)}", flush=True)
+    _write(stage)
+    parallel = stage.config["_target_"] in SEVERAL_RANKS
+    start = crew.announce(stage.folder, launch.hang_seconds) if crew and parallel else None
+    return launch.run(stage.folder, parallel, start)
+
+
+def _ended(head: str, stage: Planned, code: int, job: Job | None) -> int:
+    """Tells of a stage that is not done; the command's exit code."""
+    if code == PAUSED:
+        return code
+    print(
+        f"{head} ended with exit code {code}; what it has made is kept, and the same "
+        "command goes on from there",
+        file=sys.stderr,
+    )
+    if job:
+        job.failed(_left(stage.folder) or f"{stage.name} ended with exit code {code}")
+    return _exit_code(code)
+
+
+def _left(stage: Path) -> str:
+    """The sentence of a stage that failed, if it left one."""
+    try:
+        return str(json.loads((stage / FAILED).read_text(encoding="utf-8"))["error"])
+    except (OSError, ValueError, KeyError):
+        return ""
 
 
 def _exit_code(code: int) -> int:
     """A launcher may report a signal or a code of its own; ours pass through."""
-    return code if code in (2, 3, 4, 130, 143) else 1
+    return code if code in (2, 3, 4, *STOPPED) else 1
 
 
 def _write(stage: Planned) -> None:
@@ -183,6 +223,8 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def _say(code: int, error: object) -> int:
+def _say(code: int, error: object, job: Job | None = None) -> int:
     print(f"error: {error}", file=sys.stderr)
+    if job:
+        job.failed(error)
     return code

@@ -46,4 +46,4 @@ def reopen(stages: list[Planned]) -> None:
         why = broken(stage.folder, whole) if stage.done else None
         if why:
             print(f"{stage.name}: {why}; what is damaged is made again", flush=True)
-            (stage.folder / DONE).unlink()
+            (stage.folder / DONE).unlink(missing_ok=True)

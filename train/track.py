@@ -33,11 +33,15 @@ class Wandb(Jsonl):
         self.mode = mode or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
 
     def open(self, folder: Path, config: dict[str, Any]) -> Any:
-        """A wandb run; its id is the folder's name, so that a resumed run goes on with it."""
+        """A wandb run; its id is the folder's name, so that a resumed run goes on with it. In a
+        sweep its group is the sweep's folder, and its name says what the job differs in."""
         import wandb
 
+        name = " ".join([config.get("name", ""), os.environ.get("DRAFTSMITH_RUN", "")]).strip()
         return wandb.init(
             project=self.project,
+            group=os.environ.get("DRAFTSMITH_SWEEP"),
+            name=name or None,
             mode=self.mode,  # type: ignore[arg-type]
             dir=str(folder),
             id=folder.name[-64:],

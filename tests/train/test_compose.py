@@ -178,7 +178,7 @@ def test_its_default_is_beside_the_repository(monkeypatch, shared: Path):
 
 
 UNKNOWN = {
-    "schedule.tokns": "did you mean 'tokens'.*Valid names: batch_tokens, dtype, micro_batch",
+    "schedule.tokns": "did you mean 'tokens'.*Valid names: batch_tokens, compile, dtype",
     "objective.beta": r"objective.beta is not a setting\. Valid names: $",
     "drafter.shape": "Valid names: checkpoint, draft_length, layers",
     "learning_rate": "Valid names: data, drafter, init",

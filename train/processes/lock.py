@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,17 @@ import psutil
 
 BEAT = 5.0  # seconds between two signs of the owner
 AGES = 3 * BEAT  # without a sign, an owner on another machine is dead
+LOOK, TELL = 0.5, 120.0  # seconds between two looks, and two lines, of one that waits
 HELD = (errno.EAGAIN, errno.EACCES)
 WITHOUT = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # a file system that has no locks
+
+
+class Busy(ValueError):
+    """Another process is at work in the folder; `who` names it."""
+
+    def __init__(self, who: str, folder: Path) -> None:
+        super().__init__(f"{who} is at work in {folder}: let it finish, or end it first")
+        self.who = who
 
 
 class Lock:
@@ -28,8 +38,8 @@ class Lock:
     machine is watched for a while: an owner that lives changes it. No clocks are compared.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.file = folder / ".lock"
+    def __init__(self, folder: Path, name: str = ".lock") -> None:
+        self.file = folder / name
         self.stream: int | None = None
         self.count = 0
         self._freed = threading.Event()
@@ -37,7 +47,7 @@ class Lock:
 
     def take(self) -> str:
         """Takes the lock; returns a line on the owner that left it behind, or nothing. Raises
-        ValueError with the owner's name where there is one at work."""
+        Busy with the owner's name where there is one at work."""
         self.stream = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -53,6 +63,47 @@ class Lock:
         self._beats.start()
         return f"{_named(before)} has left this stage unfinished: going on" if before else ""
 
+    def wait(self, tell: Callable[[str], None]) -> None:
+        """Takes the lock, however long another has it; tells at once for whom it waits, and again
+        every TELL seconds."""
+
+        def tried() -> str:
+            try:
+                self.take()
+            except Busy as busy:
+                return busy.who
+            return ""
+
+        self._patiently(tried, tell)
+
+    def wait_for(self, tell: Callable[[str], None]) -> None:
+        """Waits, and tells as `wait` does, while another process has the lock; takes nothing."""
+        self._patiently(self._at_it, tell)
+
+    def _patiently(self, look: Callable[[], str], tell: Callable[[str], None]) -> None:
+        """Until look() names nobody."""
+        since = due = time.monotonic()
+        while who := look():
+            now = time.monotonic()
+            if now >= due:
+                due = now + TELL
+                tell(f"{who} makes {self.file.parent.name}: waiting ({(now - since) / 60:.0f} min)")
+            time.sleep(LOOK)
+
+    def _at_it(self) -> str:
+        """Who has the lock, as far as the system knows; "" for nobody."""
+        if not self.file.is_file():
+            return ""
+        self.stream = os.open(self.file, os.O_RDWR)
+        try:
+            fcntl.lockf(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return ""
+        except OSError as error:
+            return _named(self._owner()) if error.errno in HELD else ""
+        finally:
+            os.close(self.stream)
+            self.stream = None
+
     def free(self) -> None:
         """Gives the lock back; an empty note has no owner."""
         self._freed.set()
@@ -67,9 +118,7 @@ class Lock:
         assert self.stream is not None
         os.close(self.stream)
         self.stream = None
-        raise ValueError(
-            f"{_named(owner)} is at work in {self.file.parent}: let it finish, or end it first"
-        )
+        raise Busy(_named(owner), self.file.parent)
 
     def _at_work(self, owner: dict[str, Any]) -> bool:
         """Whether the process of this note lives, though the system's lock did not say so."""

@@ -29,7 +29,9 @@ from train.guard import Preempted
 from train.processes import slurm
 from train.processes.lock import Lock
 from train.processes.watch import ECHO, FAILED, HANG_SECONDS, Watch
+from train.resume import Paused
 from train.seal import seal
+from train.sweep import PAUSED
 from train.versions import installed, untested
 
 BUG, BAD_INPUT, CHECK_FAILED, ENVIRONMENT, STOPPED, PREEMPTED = 1, 2, 3, 4, 130, 143
@@ -109,6 +111,8 @@ def _guarded(folder: Path, watch: Watch) -> int:
 
 def _failed(error: BaseException, watch: Watch) -> int:
     """The exit code for an error, told unless another rank's fault is behind it."""
+    if isinstance(error, Paused):
+        return _paused(error, watch)
     blamed = watch.blame(_time_to_ask(error))
     if blamed:
         return int(blamed["code"])
@@ -116,6 +120,15 @@ def _failed(error: BaseException, watch: Watch) -> int:
     trace = "".join(traceback.format_exception(error)) if code == BUG else ""
     watch.tell(code, sentence, trace)
     return code
+
+
+def _paused(error: Paused, watch: Watch) -> int:
+    """The exit code of a stage that has come to where it was to pause, which is no fault. All ranks
+    come to it; the first tells, and leaves the code for the command."""
+    if watch.rank == 0:
+        print(error, flush=True)
+        write_json(watch.folder / FAILED, {"code": PAUSED, "error": str(error), "job": watch.job})
+    return PAUSED
 
 
 def _time_to_ask(error: BaseException) -> float:

@@ -1,0 +1,205 @@
+"""The axes of a sweep, of its preset and of the user; and how all its jobs begin and end."""
+
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.secrets import redacted
+from train.compose import CONF, check_name
+from train.mistakes import explain, several
+from train.plugins import TOGETHER, added, chosen
+from train.sweep import Sweep, folder_of, told
+
+DISTILL = "train.distill.Distill"
+NEEDED = ("finetune", "bench")  # stages that the presets change or measure
+ALWAYS = ("sweep", "output_dir", "plan", "view", "advise")  # the same for all jobs
+
+Axes = dict[str, list[str]]
+"""Key -> its values as they are written in a command; none where only Hydra knows them."""
+
+
+def no_sweep(override: Override, multirun: bool) -> str | None:
+    """What is wrong with a word that sweeps; None if nothing is."""
+    key, line = str(override.key_or_group), str(override.input_line)
+    if not override.is_sweep_override():
+        if key == "sweep" and not multirun and not override.is_delete():
+            return f"{line} starts several runs: add -m (python -m train -m recipe=NAME {line})"
+        return None
+    if not multirun:
+        return several(override)
+    if key in ALWAYS:
+        return f"{line} gives several values, and {key} is one for all runs: choose one"
+    if "${" in line:
+        return f"{line} refers to another setting; write the values of a sweep themselves"
+    return None
+
+
+def first(override: Override) -> str:
+    """The word, with the first of several values."""
+    values = _values(override)
+    return f"{override.get_key_element()}={values[0]}" if values else str(override.input_line)
+
+
+def base_word(override: Override) -> str | None:
+    """The word where it is the same for all jobs; of several recipes the first."""
+    if not override.is_sweep_override():
+        return str(override.input_line)
+    return first(override) if override.key_or_group == "recipe" and _values(override) else None
+
+
+def _values(override: Override) -> list[str]:
+    """Of a swept word; of an interval its start."""
+    if not override.is_sweep_override() or "glob(" in str(override.input_line):
+        return []
+    if override.is_discrete_sweep():
+        return list(override.sweep_string_iterator())
+    value = override.value()
+    assert isinstance(value, IntervalSweep)
+    return [str(value.start)]
+
+
+def axes_of(overrides: list[Override], composed: DictConfig) -> Axes:
+    """The preset's axes, and the user's, which replace those of the same key. composed: what all
+    jobs have in common, with Hydra's settings. Raises ValueError for a preset that this recipe
+    cannot use."""
+    if composed.sweep.name:
+        _require_stages(composed)
+    try:
+        given = composed.hydra.sweeper.get("params") or {}
+        params = {key: given[key] for key in given}  # which computes them
+    except OmegaConfBaseException as error:
+        raise ValueError(explain(error, [])) from None
+    parsed = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in params.items()])
+    axes = {o.get_key_element(): _values(o) for o in parsed if o.is_sweep_override()}
+    for override in overrides:
+        axes.pop(override.get_key_element(), None)
+        if override.is_sweep_override():
+            axes[override.get_key_element()] = _values(override)
+    return axes
+
+
+def _require_stages(composed: DictConfig) -> None:
+    stages: Any = OmegaConf.to_container(composed.stages, resolve=False)
+    whole = {name: s for name, s in stages.items() if isinstance(s, dict) and "_target_" in s}
+    lacks = [f"stages.{name}" for name in NEEDED if name not in whole]
+    if lacks:
+        trained = [name for name, stage in whole.items() if stage["_target_"] == DISTILL]
+        own = f"stages.{trained[0]}.optim.lr=1e-4,3e-4" if trained else "KEY=VALUE,VALUE"
+        raise ValueError(
+            f"sweep={composed.sweep.name} is for recipes with the stages {' and '.join(NEEDED)}, "
+            f"and this one has no {' or '.join(lacks)}: leave it out and write the axis yourself, "
+            f"python -m train -m recipe=NAME {own}"
+        )
+
+
+def each_part(overrides: list[Override], axes: Axes) -> Iterator[list[str]]:
+    """For each part that an axis names after its first, the words of one job with it: what cannot
+    be composed is a mistake, known before any job starts. Other values are composed alike."""
+    fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
+    start = {key: f"{key}={values[0]}" for key, values in axes.items() if values}
+    for key, values in axes.items():
+        group = key.lstrip("+").partition("@")[0]
+        for value in values[1:] if group == "recipe" or (CONF / group).is_dir() else []:
+            yield [*fixed, *{**start, key: f"{key}={value}"}.values()]
+
+
+@contextmanager
+def begun(
+    overrides: list[Override], axes: Axes, composed: DictConfig
+) -> Iterator[tuple[Sweep | None, list[str]]]:
+    """The sweep, with its folder, and the words that Hydra needs besides the user's. No sweep where
+    nothing is trained (plan, view, advise), or in the other processes of a launcher: Hydra then
+    writes to a folder that goes with this block. Raises ValueError for a name that is none."""
+    if int(os.environ.get("RANK", 0)) or composed.plan or composed.view or composed.advise:
+        with tempfile.TemporaryDirectory() as away:
+            yield None, [_place(Path(away)), *added(overrides)]
+        return
+    sweep = _named(overrides, axes, composed).begin()
+    shown = " ".join(f"{key}={','.join(values)}" for key, values in axes.items())
+    print(f"sweep {sweep.folder.name}: {shown}", flush=True)
+    print(f"maximises {sweep.maximises}; what its jobs do is noted in {sweep.folder}", flush=True)
+    together = chosen(overrides).get("hydra/launcher") in TOGETHER
+    if together and not sweep.maximises.startswith(("tau", "validation")):
+        print(
+            "warning: jobs at the same time share this machine, so speeds that they measure are "
+            "no figures; sweep.maximises=tau_T0 does not depend on it; hydra/launcher=basic "
+            "takes turns",
+            file=sys.stderr,
+        )
+    yield sweep, [_place(sweep.folder), *added(overrides)]
+
+
+def _named(overrides: list[Override], axes: Axes, composed: DictConfig) -> Sweep:
+    recipes = [o for o in overrides if o.key_or_group == "recipe"]
+    several = any(o.is_sweep_override() for o in recipes)
+    recipe = "recipes" if several or not recipes else str(recipes[-1].value())
+    preset, maximises = composed.sweep.name, str(composed.sweep.maximises)
+    if preset is not None:
+        check_name("sweep.name", preset)
+    fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
+    try:
+        root = Path(str(composed.output_dir or "outputs")).resolve()
+    except OmegaConfBaseException as error:
+        raise ValueError(explain(error, [])) from None
+    folder = folder_of(root, check_name("recipe", recipe), preset, list(axes), fixed)
+    command = shlex.join(["python", "-m", "train", *sys.argv[1:]])
+    return Sweep(folder, recipe, preset, maximises, tuple(axes), redacted(command))
+
+
+def _place(folder: Path) -> str:
+    """The word that tells Hydra the folder of the sweep."""
+    escaped = str(folder).replace("\\", "\\\\").replace('"', '\\"')
+    return f'hydra.sweep.dir="{escaped}"'
+
+
+def swept(sweep: Sweep | None, run: Callable[[], None]) -> int:
+    """Runs all jobs and prints their table; returns the exit code: of the first job that failed,
+    or of whoever stopped the sweep. Whatever happens, what the jobs noted stays and is told."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own ending would lose the table
+    before = signal.signal(signal.SIGTERM, _stopped)
+    try:
+        code = _run(sweep, run)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if sweep:
+        print(*told(sweep), sep="\n", flush=True)
+    return code or (sweep.code() if sweep else 0)
+
+
+def _run(sweep: Sweep | None, run: Callable[[], None]) -> int:
+    try:
+        run()
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as left:
+        return left.code if isinstance(left.code, int) else 1
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"error: {redacted(explain(error, []))}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if (
+            sweep and sweep.code()
+        ):  # the sweeper's answer to jobs that failed, each of which is told
+            print(f"the sweeper has ended: {redacted(str(error))}", file=sys.stderr)
+            return sweep.code()
+        print(redacted(traceback.format_exc()), file=sys.stderr)
+        return 1
+    return 0
+
+
+def _stopped(number: int, _: object) -> None:
+    """A signal between two jobs, or while jobs of other processes run."""
+    raise SystemExit(128 + number)

@@ -1,0 +1,215 @@
+"""A sweep: its folder, the note that each of its jobs leaves there, and the table that they make.
+
+Jobs may run in other processes and on other machines, so what they found is in files alone:
+
+OUTPUT_DIR/sweeps/NAME/sweep.json         what is swept, and what it maximises
+OUTPUT_DIR/sweeps/NAME/jobs/<12 hex>.json  one job: its words, code, value, stages (`Job`)
+"""
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from drafters.files import write_json
+from train.compose import inside
+from train.plan import Planned
+from train.processes.lock import Lock
+
+TURN = ".turn"  # in a stage's folder: the job of a sweep whose turn it is to make the stage
+FREE = re.compile(  # words that change no result, or are named elsewhere
+    r"(recipe|sweep|output_dir|launch|tracker|hardware|engines|preflight|plan|view|advise|budget"
+    r"|hydra)([./@].*)?"
+)
+STOPPED, PAUSED = (130, 143), 75  # exit codes of a stage that will go on
+LONGEST = 300  # characters of a failed job's sentence
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What sweep.json says. maximises: the number of a stage's result.json that is looked for;
+    axes: the keys that are swept; start: how often the command was started on this folder."""
+
+    folder: Path
+    recipe: str
+    preset: str | None
+    maximises: str
+    axes: tuple[str, ...]
+    command: str
+    start: int = 1
+
+    @classmethod
+    def read(cls, folder: Path) -> "Sweep":
+        """The sweep of this folder. Raises OSError or ValueError where there is none."""
+        note = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+        return cls(folder, **note | {"axes": tuple(note["axes"])})
+
+    def begin(self) -> "Sweep":
+        """Writes sweep.json; returns the sweep with the number of this start."""
+        try:
+            start = Sweep.read(self.folder).start + 1
+        except (OSError, ValueError, TypeError):
+            start = 1
+        begun = Sweep(**vars(self) | {"start": start})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(
+            self.folder / "sweep.json", {k: v for k, v in asdict(begun).items() if k != "folder"}
+        )
+        return begun
+
+    def notes(self) -> list[dict[str, Any]]:
+        """What its jobs have left, of all starts, in the order of their numbers."""
+        files = (self.folder / "jobs").glob("*.json")
+        found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        return sorted(found, key=lambda note: (note["start"], note["number"]))
+
+    def code(self) -> int:
+        """The first exit code of this start's jobs that is not 0."""
+        codes = [note["code"] for note in self.notes() if note["start"] == self.start]
+        return next((code for code in codes if code), 0)
+
+
+def folder_of(
+    root: Path, recipe: str, preset: str | None, axes: list[str], fixed: list[str]
+) -> Path:
+    """root/sweeps/<recipe>-<preset>; without a preset <recipe>-<8 hex of the axes>. Other words of
+    the command that can change a result (`fixed`) add their own 8 hex: two sweeps never write the
+    same notes."""
+    kept = sorted(word for word in fixed if not FREE.fullmatch(word.partition("=")[0].lstrip("+~")))
+    parts = [recipe, preset or _hex([*sorted(axes), *kept], 8)]
+    parts += [_hex(kept, 8)] if preset and kept else []
+    return inside(root, "sweeps", "-".join(parts))
+
+
+def swept(words: list[str], axes: tuple[str, ...]) -> dict[str, str]:
+    """Of a job's words, those of the axes: key -> value."""
+    pairs = [word.partition("=") for word in words]
+    return {key: value for key, _, value in pairs if key in axes}
+
+
+class Job:
+    """One job's note, written when it begins, when its stages are known and when it ends.
+
+    A job of the same words writes the same note. code null: at work, interrupted, or paused by
+    halving, with the [tokens, tau] of each rung in `rungs`.
+    """
+
+    def __init__(self, sweep: Sweep, words: list[str], number: int) -> None:
+        self.sweep, self.number, self.begun = sweep, number, time.time()
+        overrides = swept(words, sweep.axes)
+        self.name = " ".join(f"{key}={value}" for key, value in overrides.items()) or "as it is"
+        self.file = sweep.folder / "jobs" / f"{_hex(sorted(overrides.items()), 12)}.json"
+        self.note: dict[str, Any] = {"overrides": overrides, "code": None, "error": None}
+        self.note |= {"value": None, "stages": {}, "seconds": 0.0, "rungs": []}
+        self.note |= {"start": sweep.start, "number": number}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self._write()
+
+    def planned(self, stages: list[Planned]) -> None:
+        """Notes where the stages are, for whoever reads the sweep while it runs."""
+        self.note["stages"] = {stage.name: str(stage.folder) for stage in stages}
+        self.note["rungs"] = self._rungs()
+        self._write()
+
+    def failed(self, error: object) -> None:
+        """Notes the first sentence of what went wrong."""
+        line = next(
+            (x.strip() for x in str(error).splitlines() if x.strip()), "no reason was given"
+        )
+        self.note["error"] = re.split(r"(?<=[^.])[.] ", line)[0][:LONGEST]
+
+    def end(self, code: int) -> float | None:
+        """Notes how it ended; returns the value that the sweep maximises, None without one."""
+        value = self._value() if code == 0 else None
+        goes_on = code in (*STOPPED, PAUSED)
+        self.note |= {"code": None if goes_on else code, "value": value, "rungs": self._rungs()}
+        if code == 0:
+            self.note["error"] = None
+        self._write()
+        return value
+
+    @contextmanager
+    def turn(self, folder: Path) -> Iterator[None]:
+        """While this job alone makes the stage in `folder`. Where another job or command is at it,
+        waits for its end, and says so at once and then every few minutes."""
+        folder.mkdir(parents=True, exist_ok=True)
+        mine = Lock(folder, TURN)
+        mine.wait(self._tell)
+        try:
+            Lock(folder).wait_for(self._tell)  # a command that is no job of a sweep
+            yield
+        finally:
+            mine.free()
+
+    def environment(self) -> dict[str, str]:
+        """What tells a tracker which sweep and job a training belongs to."""
+        return {"DRAFTSMITH_SWEEP": self.sweep.folder.name, "DRAFTSMITH_RUN": self.name}
+
+    def _tell(self, line: str) -> None:
+        print(f"run {self.number}: {line}", flush=True)
+
+    def _value(self) -> float | None:
+        """Of the last stage whose result has it."""
+        for folder in reversed(self.note["stages"].values()):
+            result = json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
+            if self.sweep.maximises in result:
+                return float(result[self.sweep.maximises])
+        return None
+
+    def _rungs(self) -> list[tuple[int, float | None]]:
+        from train.halving import rungs
+
+        found = [rungs(Path(folder)) for folder in self.note["stages"].values()]
+        return sorted({k: v for one in found for k, v in one.items()}.items())
+
+    def _write(self) -> None:
+        self.note["seconds"] = round(time.time() - self.begun, 3)
+        write_json(self.file, self.note)
+
+
+def told(sweep: Sweep) -> list[str]:
+    """The table of a sweep from its jobs' notes: the best first, then those without a value, with
+    the reason; and what to type next."""
+    notes = sweep.notes()
+    known = [note for note in notes if note["code"] == 0 and note["value"] is not None]
+    known.sort(key=lambda note: -note["value"])
+    lines = [f"\n{sweep.folder.name}: {len(known)} of {len(notes)} jobs measured"]
+    if known:
+        lines.append(f"  {sweep.maximises}, best first:")
+    lines += [f"  {note['value']:9.4g}  {_words(note)}" for note in known]
+    for note in notes:
+        if note not in known:
+            lines.append(f"          -  {_words(note)}: {_why(note, sweep)}")
+    lines.append(f"  next: python -m eval.sweep {_short(sweep.folder)}")
+    return lines
+
+
+def _why(note: dict[str, Any], sweep: Sweep) -> str:
+    """Why a job has no value."""
+    if note["code"] is None:
+        if note["rungs"]:
+            tokens, tau = note["rungs"][-1]
+            return f"paused after {tokens:,} tokens" + ("" if tau is None else f" (tau {tau:.3f})")
+        return "not at its end; the same command goes on"
+    if note["code"]:
+        return f"exit code {note['code']}: {note['error']}"
+    return f"done, and no stage has measured {sweep.maximises}"
+
+
+def _words(note: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in note["overrides"].items()) or "as it is"
+
+
+def _short(path: Path) -> str:
+    """As it is typed from here."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _hex(words: list[Any], digits: int) -> str:
+    return hashlib.sha256(json.dumps(words, ensure_ascii=False).encode()).hexdigest()[:digits]

@@ -1,0 +1,107 @@
+"""One composed recipe, run: all of a plain command, or one job of a sweep, which may be in another
+process or on another machine than the command."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra.conf import HydraConf
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.secrets import guard, redacted, refuse
+from train.compose import check_name, resolvers
+from train.mistakes import explain
+from train.sweep import STOPPED, Job, Sweep
+
+BUG, BAD_INPUT = 1, 2
+SWITCHES = ("plan", "view", "advise")  # they train nothing, and leave no note
+
+
+def task(config: DictConfig) -> float | None:
+    """Runs the recipe, or does what its switches ask; returns the number that sweepers maximise.
+
+    Raises SystemExit with an exit code other than 0. A job of a sweep leaves its code in its note
+    instead, so that the others go on, and raises it only where it was told to stop."""
+    if not OmegaConf.has_resolver("env"):  # a launcher's own process
+        guard()
+        resolvers()
+    here = HydraConfig.get()
+    if here.mode is not None and here.mode.name == "MULTIRUN":
+        if not any(config.get(switch) for switch in SWITCHES):
+            return _job(config, here)
+        words = [word for word in here.overrides.task if not word.startswith("recipe=")]
+        print(f"\n=== run {here.job.num} of the sweep: {' '.join(words)}", flush=True)
+    try:
+        name, settings = settled(config, here)
+    except ValueError as error:
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    code, value = _runner(settings)(name, settings)
+    if code:
+        sys.exit(code)
+    return value
+
+
+def settled(config: DictConfig, here: HydraConf) -> tuple[str, dict[str, Any]]:
+    """The recipe's name and its resolved settings. Raises ValueError with what is wrong."""
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(explain(error, [])) from None
+    assert isinstance(plain, dict)
+    settings = {str(key): value for key, value in plain.items()}
+    for switch in SWITCHES:
+        if not isinstance(settings[switch], bool):
+            raise ValueError(f"{switch} is {settings[switch]!r}; it must be true or false")
+    if any((settings["budget"] or {}).values()) and not settings["advise"]:
+        raise ValueError(
+            "budget is for what advise=true proposes and changes no training: add advise=true, or "
+            "set the schedule.tokens of a stage"
+        )
+    refuse(settings, "")
+    return check_name("recipe", here.runtime.choices["recipe"]), settings
+
+
+def _runner(settings: dict[str, Any]) -> Callable[[str, dict[str, Any]], tuple[int, float | None]]:
+    """What the switches ask for: one recipe's name and settings -> exit code and speedup."""
+    if settings["advise"]:
+        from train.advise import run_advice
+
+        return run_advice
+    from train.run import run_recipe
+
+    return run_recipe
+
+
+def _job(config: DictConfig, here: HydraConf) -> float | None:
+    """Runs one job of a sweep and notes what became of it; the value that is maximised, None
+    without one (which a sweeper takes for a failed trial)."""
+    if int(os.environ.get("RANK", 0)):  # of a launcher's several commands the first leaves notes
+        name, settings = settled(config, here)
+        _runner(settings)(name, settings)
+        return None
+    job = Job(Sweep.read(Path(here.sweep.dir)), list(here.overrides.task), here.job.num)
+    print(f"\n=== run {job.number} of the sweep: {job.name}", flush=True)
+    os.environ.update(job.environment())
+    code = BUG
+    try:
+        name, settings = settled(config, here)
+        from train.run import run_recipe
+
+        code, _ = run_recipe(name, settings, job)
+    except ValueError as error:
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        code = BAD_INPUT
+        job.failed(error)
+    except Exception as error:  # a bug in one job is no reason to lose the others
+        print(redacted(traceback.format_exc()), file=sys.stderr)
+        job.failed(f"{type(error).__name__}: {error}")
+    value = job.end(code)
+    if code in STOPPED:
+        sys.exit(code)
+    return value
