@@ -29,7 +29,7 @@ def charts(report: Row) -> list[Chart]:
     """The figures of what was measured, in the order of the page."""
     style = picture.style_of(report)
     return [
-        Chart(said, _svg(panel, size, f"f{i}"))
+        Chart(said, svg(panel, size, f"f{i}"))
         for i, (said, size, panel) in enumerate(_panels(report, style))
     ]
 
@@ -66,7 +66,7 @@ def _panels(
 
 
 def _bars(rows: list[Row], key: str, style: Style) -> Callable[[Axes], None]:
-    return lambda axes: picture.speedups(axes, rows, key, style, _label)
+    return lambda axes: picture.speedups(axes, rows, key, style, short)
 
 
 def _predicted(axes: Axes, entries: list[Row], style: Style) -> None:
@@ -79,7 +79,7 @@ def _predicted(axes: Axes, entries: list[Row], style: Style) -> None:
     axes.plot([low, high], [low, high], color=GREY, linestyle="--", linewidth=1)
     for entry in entries:
         picture.point(axes, entry["predicted"], entry["measured"], style[entry["temperature"]])
-        text = _label(f"{entry['arm']}, batch {entry['batch']}", 28)
+        text = short(f"{entry['arm']}, batch {entry['batch']}", 28)
         place = entry["predicted"], entry["measured"]["value"]
         axes.annotate(text, place, (7, -9), textcoords="offset points", fontsize=8)
     axes.set_xlim(low, high)
@@ -94,21 +94,21 @@ def _shapes(axes: Axes, tried: dict[str, float], chosen: str | None) -> None:
     axes.barh(range(len(tried)), list(tried.values()), 0.7, color=colours)
     for i, speed in enumerate(tried.values()):
         axes.annotate(f"{speed:,.1f}", (speed, i), (5, 0), textcoords="offset points", va="center")
-    axes.set_yticks(range(len(tried)), [_label(shape, 40) for shape in tried])
+    axes.set_yticks(range(len(tried)), [short(shape, 40) for shape in tried])
     axes.set_xlim(0, 1.2 * max(tried.values()))
     axes.invert_yaxis()
     axes.set_xlabel("tokens/s on the trial prompts")
     picture.tidy(axes)
 
 
-def _label(text: object, most: int = 30) -> str:
+def short(text: object, most: int = 30) -> str:
     """In any script, since the reader's browser has the fonts; a dollar begins no formula."""
     flat = " ".join(str(text).split())
     flat = flat if len(flat) <= most else flat[: most - 1] + "…"
     return flat.replace("$", r"\$")
 
 
-def _svg(panel: Callable[[Axes], None], size: tuple[float, float], name: str) -> str:
+def svg(panel: Callable[[Axes], None], size: tuple[float, float], name: str) -> str:
     """The panel as an element that stands in a page by itself."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG

@@ -66,17 +66,17 @@ def page(
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
             f"<h1>{escape(title)}</h1>",
-            _opening(opening, report["passed"]),
-            _section(first, definitions),
+            opening_of(opening, report["passed"]),
+            section_of(first, definitions),
             _figures(charts(report), report),
-            *(_section(section, definitions) for section in others),
-            _definitions(definitions),
+            *(section_of(section, definitions) for section in others),
+            definitions_of(definitions),
             "</body>\n</html>\n",
         ]
     )
 
 
-def _opening(opening: Sequence[Said], passed: bool) -> str:
+def opening_of(opening: Sequence[Said], passed: bool) -> str:
     lines = [f"<p{' class=loud' if said.loud else ''}>{escape(said.text)}</p>" for said in opening]
     kind = "opening" if passed else "opening broken"
     return f'<div class="{kind}">{"".join(lines)}</div>'
@@ -99,7 +99,7 @@ def _figures(figures: Sequence[Chart], report: dict[str, Any]) -> str:
     return f'<h2>Figures</h2>{legend}<div class="figures">{"".join(drawn)}</div>'
 
 
-def _section(section: Section, definitions: dict[str, str]) -> str:
+def section_of(section: Section, definitions: dict[str, str]) -> str:
     said = [f"<p>{escape(text)}</p>" for text in section.said]
     notes = [f"<p>{escape(text)}</p>" for text in section.notes]
     table = _table(section, definitions) if section.rows else ""
@@ -131,6 +131,6 @@ def _cell(value: object) -> str:
     return f"<td{f' class={kind}' if kind else ''}>{escape(text)}</td>"
 
 
-def _definitions(definitions: dict[str, str]) -> str:
+def definitions_of(definitions: dict[str, str]) -> str:
     entries = [f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in definitions.items()]
     return f"<h2>What every number means</h2><dl>{''.join(entries)}</dl>"
