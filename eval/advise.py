@@ -13,16 +13,12 @@ from typing import Any
 import numpy as np
 
 from eval.cost import between
+from eval.joint import expected_tau
 
 ALPHAS = (0.5, 0.6, 0.7, 0.8)  # acceptances that the tables show
 DEFAULT = 0.6  # acceptance of the verdict where none was measured
 LENGTHS = (1, 2, 4, 8, 16)  # chains that are timed; between them, linearly
 TOKEN = 4  # a drafted token's milliseconds are told of a chain of so many, or the longest
-
-
-def expected_tau(alpha: float, length: int) -> float:
-    """Tokens per target call when each of `length` drafted tokens is accepted with alpha."""
-    return sum(alpha**k for k in range(length + 1))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from drafters.lm import LM
 from eval.advise import ALPHAS, DEFAULT, LENGTHS, Accepted, Advice, Candidate, free, verdict
 from eval.choice import DTYPES, VERIFIED
 from eval.cost import SIZES, Ledger, between, chains, passes
+from eval.outlook import Proposal
+from train.budget import DISTILL, Budget, propose, purse_of
 from train.candidates import blueprints_of, count, depth_and_width, empty, key
 from train.compose import build
 from train.plan import Planned, device, plan
@@ -36,9 +38,10 @@ def run_advice(name: str, config: dict[str, Any]) -> tuple[int, None]:
     try:
         root = Path(str(config["output_dir"] or "outputs")).resolve()
         stages = plan(config, root)
-        advice, file = advise(name, config, stages, root)
-        write_json(file, advice.told())
-        print(render(advice))
+        budget = Budget(**config.get("budget") or {})
+        advice, proposal, file = advise(name, config, stages, root, budget)
+        write_json(file, advice.told() | {"proposal": proposal.told() if proposal else None})
+        print(render(advice, proposal))
         return 0, None
     except ValueError as error:
         code, said = BAD_INPUT, str(error)
@@ -51,9 +54,11 @@ def run_advice(name: str, config: dict[str, Any]) -> tuple[int, None]:
 
 
 def advise(
-    name: str, config: dict[str, Any], stages: list[Planned], root: Path
-) -> tuple[Advice, Path]:
-    """The advice, and the file that it belongs into."""
+    name: str, config: dict[str, Any], stages: list[Planned], root: Path, budget: Budget
+) -> tuple[Advice, Proposal | None, Path]:
+    """The advice, what to train (None for a recipe that trains nothing), and the file of both."""
+    trained = [s for s in stages if s.config["_target_"] == DISTILL]
+    budget.check(trained)
     model, ledger = _target(config, stages, root / "costs")
     verify, overhead = passes(ledger, model, SIZES)
     accepted = _accepted(root / f"{name}.json", model.name)
@@ -79,7 +84,15 @@ def advise(
     )
     file = ledger.file.with_name(ledger.file.name.replace("costs", f"advice-{name}"))
     fastest = blueprints[advice.fastest.name]
-    return replace(advice, batches=_batches(ledger, model, advice, fastest)), file
+    advice = replace(advice, batches=_batches(ledger, model, advice, fastest))
+    if not trained:
+        return advice, None, file
+    purse = purse_of(budget, stages, model, root)
+
+    def time(new: dict[str, Blueprint]) -> list[Candidate]:
+        return _candidates(ledger, model, new, "", verify[1] + overhead)[0]
+
+    return advice, propose(name, purse, advice, blueprints, time), file
 
 
 def _target(config: dict[str, Any], stages: list[Planned], folder: Path) -> tuple[Target, Ledger]:
@@ -210,7 +223,7 @@ def _batches(
     return found
 
 
-def render(advice: Advice) -> str:
+def render(advice: Advice, proposal: Proposal | None = None) -> str:
     """The advice as text for a terminal."""
     left_out: dict[str, list[str]] = {}
     for name, why in advice.refused.items():
@@ -229,11 +242,17 @@ def render(advice: Advice) -> str:
             *_table(advice),
             "",
             *_by_batch(advice),
+            *(proposal.lines() if proposal and _new(advice, proposal) else []),
             *(f"Left out ({why}): {', '.join(names)}" for why, names in left_out.items()),
             "",
             *(f"- {sentence}" for sentence in verdict(advice)),
         ]
     )
+
+
+def _new(advice: Advice, proposal: Proposal) -> bool:
+    """Whether it says more than what was measured already."""
+    return bool(proposal.law or proposal.budget or advice.accepted is None)
 
 
 def _table(advice: Advice) -> list[str]:

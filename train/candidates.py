@@ -56,6 +56,16 @@ def _small_models(shape: Shape, layers: int, width: int) -> Iterator[tuple[str, 
             yield f"lm {depth}x{each}", model(depth, each)
 
 
+def around(blueprint: Blueprint, shape: Shape) -> Iterator[tuple[str, Blueprint]]:
+    """The small models next to this one in depth and in width."""
+    layers, width = depth_and_width(empty(blueprint, shape))
+    for depth in (layers - 1, layers, layers + 1):
+        for step in (-1, 0, 1):
+            wide = width + step * max(HEAD_DIM, round(width / 4 / HEAD_DIM) * HEAD_DIM)
+            if depth >= 1 and wide >= HEAD_DIM:
+                yield f"lm {depth}x{wide}", Blueprint(LM, {"layers": depth, "width": wide})
+
+
 def _heads() -> dict[str, Blueprint]:
     """Every family of draft heads, as conf/drafter has it."""
     found = {}

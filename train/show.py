@@ -5,8 +5,13 @@ from typing import Any
 
 import torch
 
+from decoding.pretrained import contents_hash
 from decoding.target import Shape
+from eval.forecast import LAWS, Forecaster, measured, measurement, read
+from eval.joint import Known
 from train.base import BaseTarget
+from train.budget import asked_of, chain_of, here
+from train.candidates import empty
 from train.compose import bind, build
 from train.distill import Distill
 from train.estimate import drafter_parameters, estimate, learner_of, shape_of_target
@@ -26,6 +31,8 @@ from train.scale import (
     table,
 )
 
+BENCH = "eval.bench.Bench"
+
 
 def show(name: str, config: dict[str, Any], stages: list[Planned], root: Path) -> None:
     """Prints the plan of a recipe; with `hardware`, also what it would take on such GPUs."""
@@ -43,13 +50,16 @@ def show(name: str, config: dict[str, Any], stages: list[Planned], root: Path) -
         print(f"drafter: {config['drafter']['_target_']}, {size}")
     found = {}
     for stage in stages:
-        found[stage.name] = estimate(stage, shape, launch.world, rehearsed=not hardware)
+        found[stage.name] = estimate(
+            stage, shape, launch.world, rehearsed=not hardware, drafter=config.get("drafter")
+        )
         print(f"\n  {stage.name}: {'done' if stage.done else 'to do'}, {stage.folder}")
         if stage.needs:
             print("    needs " + ", ".join(f"{k} from {v}" for k, v in stage.needs.items()))
         print(f"    {_sentence(found[stage.name])}")
         for line in [] if stage.done else changes(stage):
             print(f"    {line}")
+    print(*forecast(config, stages, root, shape), sep="\n", end="")
     print(f"\nto do: {_total([found[stage.name] for stage in stages if not stage.done])}")
     if hardware and shape:
         ranks = launch.world
@@ -57,6 +67,67 @@ def show(name: str, config: dict[str, Any], stages: list[Planned], root: Path) -
         print(*lines, *too_large(build(hardware), stages, shape, ranks, found), sep="\n")
     else:
         print(*findings(stages, launch, root, found), sep="\n")
+
+
+def forecast(
+    config: dict[str, Any], stages: list[Planned], root: Path, shape: Shape | None
+) -> list[str]:
+    """What earlier sweeps on the recipe's target say of its drafter, a line for each bench, and of
+    those that are done what was measured; [] where there are none."""
+    benches = [s for s in stages if s.config["_target_"] == BENCH and chain_of(stages, s)]
+    if shape is None or not benches or not any(root.glob(LAWS)):
+        return []
+    mark = _mark(config, stages)
+    runs = read(root, mark) if mark else []
+    hardware = config.get("hardware")
+    place = build(hardware).name if hardware else here()
+    lines = []
+    for bench in benches:
+        line = _forecast(bench, stages, shape, runs, place)
+        lines += [f"\n  {bench.name}: {line}\n"] if runs else []
+    return lines
+
+
+def _forecast(
+    bench: Planned, stages: list[Planned], shape: Shape, runs: list[Known], place: str
+) -> str:
+    """Of one bench, from the other runs."""
+    try:
+        known = measurement(bench.folder)[1] if bench.done else None
+    except ValueError:  # a tree, or a report whose controls failed: nothing to compare with
+        known = None
+    rest = [run for run in runs if run.bench != bench.folder.name]
+    if known:
+        rest = [run for run in rest if run.prompts == known.prompts]
+    forecaster = Forecaster.of(rest, place)
+    if forecaster is None:
+        return f"no prediction: {len(rest)} runs of sweeps on this target are too few for a law"
+    chain = chain_of(stages, bench)
+    blueprint: Any = build(chain[0].config["drafter"])
+    deepest = getattr(empty(blueprint, shape), "deepest", None)
+    lengths = sorted({min(n, deepest or n) for n in bench.config["draft_lengths"]})
+    try:
+        found = forecaster.ask(asked_of(chain, shape), [known.length] if known else lengths)
+    except (ValueError, OSError) as error:
+        return f"no prediction: {error}"
+    return f"{found}\n    measured: {measured(known, found)}" if known else str(found)
+
+
+def _mark(config: dict[str, Any], stages: list[Planned]) -> str | None:
+    """The hash or revision that reports call the recipe's target by; None while it is not here."""
+    spec = build(config["target"])
+    if spec.path is None:
+        trained = [s for s in stages if s.config["_target_"] == "train.base.BaseTarget" and s.done]
+        return contents_hash(trained[0].folder / "artifact") if trained else None
+    if Path(spec.path).is_dir():
+        return contents_hash(spec.path)
+    from huggingface_hub import resolve_revision
+
+    try:
+        found = resolve_revision(spec.path, revision=spec.revision, local_files_only=True)
+        return str(found.resolved)
+    except OSError:  # not on this machine, so no sweep was run on it here
+        return None
 
 
 def elsewhere(

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from eval.advise import ALPHAS, LENGTHS, Accepted, Advice, Candidate, expected_tau, free, verdict
+from eval.advise import ALPHAS, LENGTHS, Accepted, Advice, Candidate, free, verdict
+from eval.joint import expected_tau
 from train.advise import render
 
 FLAT = {1: 10.0, 2: 10.0, 4: 10.0, 8: 10.0, 16: 10.0, 32: 10.0}

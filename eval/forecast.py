@@ -1,0 +1,321 @@
+"""What a drafter will give before it is trained, from the runs of all sweeps on its target.
+
+    python -m eval.forecast OUTPUT_DIR STAGE...     predicted beside measured, of benches left out
+
+tau comes from the joint law (eval/joint.py). The speedup is that of a round's milliseconds, s =
+tau (v(1) + o) / (n token + v(n + 1) + o) (decoding.md, a.1), in the part of an answer's time that
+drafting can shorten: 1 / (f + (1 - f) / s) with a fixed share f (prefill above all) that the runs
+themselves show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.stats import t as student
+
+from eval.ancestry import benched
+from eval.bootstrap import CONFIDENCE
+from eval.cost import between
+from eval.joint import SPARE, Asked, Interval, Known, Law, expected_tau, fit
+from eval.swept import Run
+
+LAWS = "sweeps/*/report/laws.json"  # in an output folder
+AXES = re.compile(
+    r"seed|sweep\..*|drafter|drafter[.@].*|stages\.\w+\.(drafter\b.*|schedule\.tokens)"
+)
+ENDS = ("low", "high")
+MOST_FIXED = 0.9  # share of the time that drafting leaves as it is, at most
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What rounds cost on one machine. plain: milliseconds of a round of plain decoding; verify:
+    of one over m tokens, by m; fixed: the share f; scatter: standard error of the log of a new
+    drafter's speedup, by `freedom` degrees."""
+
+    runs: list[Known]
+    plain: float
+    verify: dict[int, float]
+    fixed: float = 0.0
+    scatter: float = 0.0
+    freedom: int = 1
+
+    def token(self, asked: Asked) -> float | None:
+        """Milliseconds of a drafted token: of an lm by its depth, and by its size where the runs
+        vary in it; of heads as measured for the family. None where neither was measured."""
+        mine = [run for run in self.runs if run.of.family == asked.family]
+        depths = {run.of.depth for run in mine}
+        if not mine or (len(depths) == 1 and asked.depth not in depths):
+            return None
+        columns, new = [np.ones(len(mine))], [1.0]
+        for name in ("depth", "parameters"):
+            values = [float(getattr(run.of, name) or 0) for run in mine]
+            if len(set(values)) > 1 and len(mine) > len(columns) + 1:
+                columns.append(np.array(values))
+                new.append(float(getattr(asked, name)))
+        found = np.linalg.lstsq(np.stack(columns, 1), np.array([run.token for run in mine]))[0]
+        return max(float(found @ new), 0.0)
+
+    def decoding(self, tau: float, length: int, token: float) -> float:
+        """The speedup of rounds, with chains of that length."""
+        return tau * self.plain / (length * token + between(self.verify, length + 1))
+
+    def whole(self, decoding: float) -> float:
+        """Of the whole answer (Amdahl's law)."""
+        return 1 / (self.fixed + (1 - self.fixed) / decoding)
+
+    def at(self, alpha: Interval, length: int, token: float) -> Interval:
+        """The speedup at this acceptance: what is not known of it, and of the costs."""
+        value, low, high = alpha.through(
+            lambda a: self.whole(self.decoding(expected_tau(a, length), length, token))
+        )
+        t = float(student.ppf((1 + CONFIDENCE) / 2, self.freedom))
+        down, up = (math.hypot(math.log(value / end), t * self.scatter) for end in (low, high))
+        return Interval(value, value * math.exp(-down), value * math.exp(up))
+
+
+def speed_of(runs: Sequence[Known], machine: str) -> Speed | None:
+    """From the runs that were measured on this machine; None where they are too few."""
+    mine = [r for r in runs if r.machine == machine and r.speedup and r.token and r.verify]
+    if len(mine) <= SPARE:
+        return None
+    sizes = sorted(set.intersection(*(set(run.verify) for run in mine)))
+    verify = {m: median(run.verify[m] + run.overhead for run in mine) for m in sizes}
+    rough = Speed(mine, verify[1], verify)
+    pairs = [(run.speedup.value, run.decoding) for run in mine if run.speedup]
+
+    def off(fixed: float) -> float:
+        return sum(math.log(whole * (fixed + (1 - fixed) / s)) ** 2 for whole, s in pairs)
+
+    fixed = float(minimize_scalar(off, bounds=(0.0, MOST_FIXED), method="bounded").x)
+    freedom = len(mine) - 1
+    scatter = math.sqrt(off(fixed) / freedom * (1 + 1 / len(mine)))
+    return Speed(mine, rough.plain, verify, fixed, scatter, freedom)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is said of a drafter: tau with chains of `length`, the speedup (None: `silent` says
+    why), the axes that were left, and what of: runs and sweeps."""
+
+    tau: Interval
+    length: int
+    speedup: Interval | None
+    silent: str
+    beyond: list[str]
+    runs: int
+    sweeps: int
+
+    def __str__(self) -> str:
+        """The sentence for a terminal."""
+        tau = f"tau {shown(self.tau)} at T=0 with drafts of {self.length}"
+        speed = f"about {shown(self.speedup, 'x')}" if self.speedup else self.silent
+        beyond = f" ({'; '.join(self.beyond)}: extrapolated)" if self.beyond else ""
+        plural = "s" if self.sweeps > 1 else ""
+        of = f"{self.runs} runs of {self.sweeps} sweep{plural}"
+        return f"predicted from {of}: {tau}, {speed}{beyond}"
+
+
+def shown(found: Interval, unit: str = "") -> str:
+    """`2.10 [1.80, 2.40]`."""
+    return f"{found.value:.2f}{unit} [{found.low:.2f}, {found.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class Forecaster:
+    """The law of a target's runs, what rounds cost on this machine (None: not measured here) and
+    where they were measured instead."""
+
+    law: Law
+    speed: Speed | None
+    elsewhere: list[str]
+
+    @classmethod
+    def of(cls, runs: Sequence[Known], machine: str) -> Forecaster | None:
+        """From runs on one target; of those on different prompts the larger part. None where they
+        are too few."""
+        most = Counter(run.prompts for run in runs).most_common(1)
+        mine = [run for run in runs if run.prompts == most[0][0]]
+        law = fit(mine)
+        places = sorted({run.machine for run in mine} - {machine})
+        return Forecaster(law, speed_of(mine, machine), places) if law else None
+
+    def ask(self, asked: Asked, lengths: Sequence[int] = ()) -> Forecast:
+        """With the one of these draft lengths that is fastest (without costs, that is nearest to
+        what was measured). ValueError where the runs say nothing of such a drafter."""
+        alpha = self.law.alpha(asked)
+        length = min(lengths, key=lambda n: abs(n - self.law.length), default=self.law.length)
+        speedup, silent = None, self._silent()
+        token = self.speed.token(asked) if self.speed else None
+        if self.speed and token is not None:
+            told = {n: self.speed.at(alpha, n, token) for n in lengths or [length]}
+            length = max(told, key=lambda n: told[n].value)
+            speedup = told[length]
+        tau = alpha.through(lambda a: expected_tau(a, length))
+        beyond = self.law.beyond(asked)
+        sweeps = len({run.sweep for run in self.law.runs})
+        return Forecast(tau, length, speedup, silent, beyond, len(self.law.runs), sweeps)
+
+    def _silent(self) -> str:
+        if self.speed or not self.elsewhere:
+            return "the speedup not known: too few runs like it have costs of rounds"
+        return f"the speedup not known here: measured on {' and '.join(self.elsewhere)}"
+
+
+def read(root: Path, target: str) -> list[Known]:
+    """The runs of all sweeps of an output folder on the target with this hash of its contents, at
+    temperature 0 and batch 1, each measurement once; ValueError for a report that is broken.
+
+    Left out are runs that drafted trees, and those of sweeps over what is no term of the law (a
+    learning rate, a loss): they would make the law's scatter theirs.
+    """
+    found: dict[str, Known] = {}
+    for file in sorted(root.glob(LAWS)):
+        try:
+            told = json.loads(file.read_text(encoding="utf-8"))
+            rows = told["runs"] if told["target"] == target else []
+            runs = [_known(row, file.parents[1].name) for row in rows if _fits(row)]
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"{file} is not the report of a sweep ({error!r}): write it anew with "
+                f"`python -m eval.sweep {file.parents[1]}`"
+            ) from None
+        for run in filter(None, runs):
+            found.setdefault(run.bench, run)
+    return list(found.values())
+
+
+def _fits(row: dict[str, Any]) -> bool:
+    """Whether a run was measured, drafted chains, and differs from others in the law's terms."""
+    chain = str(row["draft_shape"]).startswith("chain")
+    axes = all(AXES.fullmatch(key) for key in row["overrides"])
+    return row["code"] == 0 and chain and axes and bool(row["bench"])
+
+
+def _known(row: dict[str, Any], sweep: str) -> Known | None:
+    """A run as laws.json has it; None where that cell was not measured."""
+    tau, speedup = (_cell(row[name]) for name in ("tau", "speedup"))
+    if tau is None or not row["trained"]:
+        return None
+    own, *before = row["trained"].values()
+    depth = row["depth"] if row["family"] == "lm" else None  # a set of heads is as deep as it is
+    costs, said, length = row["costs"], row["conditions"], row["draft_length"]
+    return Known(
+        of=Asked(row["family"], row["parameters"], own, depth, sum(before)),
+        sweep=sweep,
+        bench=row["bench"],
+        prompts=f"{said['prompts']}, {said['max_new_tokens']} tokens",
+        length=length,
+        tau=tau,
+        speedup=speedup,
+        token=costs["draft_ms"] / length if costs else None,
+        verify={int(m): ms for m, ms in costs.get("verify_ms", {}).items()},
+        overhead=costs.get("overhead_ms", 0.0),
+        rate=row["train_tokens_per_second"],
+        machine=machine(said["machine"], said["threads"]),
+    )
+
+
+def machine(name: str, threads: int) -> str:
+    """What times hold for: the processor with the GPUs, if any, and the threads."""
+    return f"{name}, {threads} threads"
+
+
+def _cell(cells: list[dict[str, Any]]) -> Interval | None:
+    """At temperature 0 and batch 1; without an interval of its own, a point."""
+    for cell in cells:
+        if (cell["temperature"], cell["batch"]) == (0, 1):
+            value = cell["value"]
+            return Interval(value, *(value if cell[k] is None else cell[k] for k in ENDS))
+    return None
+
+
+def positions(schedule: dict[str, Any]) -> int:
+    """Whole steps of a configured training, in packed positions."""
+    return int(schedule["tokens"]) // int(schedule["batch_tokens"]) * int(schedule["batch_tokens"])
+
+
+def compared(root: Path, stages: Sequence[Path]) -> list[str]:
+    """Two lines for each bench stage: what other runs on its target and prompts predict,
+    and what it measured. ValueError for a folder that is no bench stage."""
+    left = {stage.resolve().name: measurement(stage.resolve()) for stage in stages}
+    lines = []
+    for name, (target, known) in left.items():
+        rest = [run for run in read(root, target) if run.bench not in left]
+        rest = [run for run in rest if run.prompts == known.prompts]
+        forecaster = Forecaster.of(rest, known.machine)
+        try:
+            if forecaster is None:
+                raise ValueError(f"{len(rest)} other runs on its prompts are too few for a law")
+            found = forecaster.ask(known.of, [known.length])
+            lines += [f"{name}: {found}", f"  measured: {measured(known, found)}"]
+        except ValueError as error:
+            lines += [f"{name}: no prediction: {error}"]
+    return lines
+
+
+def measured(known: Known, found: Forecast) -> str:
+    """What was measured, and whether the intervals said so."""
+    told = f"tau {shown(known.at(found.length))}, {_within(known.at(found.length), found.tau)}"
+    if known.speedup is None or found.speedup is None:
+        return told
+    return f"{told}; {shown(known.speedup, 'x')}, {_within(known.speedup, found.speedup)}"
+
+
+def _within(known: Interval, found: Interval) -> str:
+    inside = found.low <= known.value <= found.high
+    return f"{known.value / found.value - 1:+.0%}, {'in' if inside else 'OUTSIDE'} the interval"
+
+
+def measurement(stage: Path) -> tuple[str, Known]:
+    """The target's hash, and the run, of a bench stage; ValueError for what is none, or did not
+    measure a trained drafter's chains."""
+    if not (stage / "artifact" / "report.json").is_file():
+        raise ValueError(f"{stage} is no folder of a bench stage: it has no artifact/report.json")
+    try:
+        row = Run(stage.name, {}, code=0, **benched(stage, stage.parent)).told()
+    except KeyError as error:
+        raise ValueError(f"{stage} was measured by an earlier version: no {error}") from None
+    known = _known(row, "") if _fits(row) else None
+    if known is None:
+        raise ValueError(
+            f"{stage} measured no chains of a drafter trained here, at T=0 and batch 1"
+        )
+    return row["target"], known
+
+
+def main(arguments: list[str]) -> int:
+    """Prints predictions beside measurements; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.forecast",
+        description="Predicts drafters from the sweeps' other runs on their target, and prints "
+        "what was measured beside it.",
+        epilog="Exit codes: 0 compared, 2 refused (no bench, no law).",
+    )
+    parser.add_argument("root", type=Path, metavar="OUTPUT_DIR", help="the folder with sweeps/")
+    said = "the folder of a bench stage; it is left out of the law"
+    parser.add_argument("stages", type=Path, metavar="STAGE", nargs="+", help=said)
+    given = parser.parse_args(arguments)
+    try:
+        print(*compared(given.root, given.stages), sep="\n")
+        return 0
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,166 @@
+"""What a budget of training buys: every candidate at the tau that the law gives it, on its costs.
+
+Shapes: C candidates, S draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from eval.advise import Candidate
+from eval.cost import between
+from eval.forecast import shown
+from eval.joint import Array, Asked, Interval, Law, expected_tau
+
+DRAWS = 4000
+EDGES = (0.025, 0.975)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A candidate after a training: its acceptance, the chain length that is fastest at it, tokens
+    a second and the speedup while decoding. `beyond`: in what the law is extrapolated; rival: not
+    to be told apart from the first one."""
+
+    name: str
+    asked: Asked
+    alpha: Interval
+    length: int
+    per_second: Interval
+    speedup: Interval
+    beyond: list[str]
+    rival: bool = False
+
+    @property
+    def tau(self) -> Interval:
+        return self.alpha.through(lambda alpha: expected_tau(alpha, self.length))
+
+    def told(self) -> dict[str, Any]:
+        """JSON-able."""
+        return vars(self) | {"asked": vars(self.asked), "tau": self.tau}
+
+
+def outlooks(
+    law: Law, candidates: Mapping[str, Candidate], asked: Mapping[str, Asked]
+) -> list[Outlook]:
+    """Those of which the law says something, the fastest first.
+
+    Intervals are of draws that all candidates share (Line.draws), and so is the difference to the
+    first one: where its 95 % interval holds 0, the candidate is a rival.
+    """
+    names = [name for name in candidates if name in asked and not law.unknown(asked[name])]
+    if not names:
+        return []
+    alphas_SC = law.alphas([asked[name] for name in names], DRAWS)
+    found, drawn = [], {}
+    for name, alphas_S in zip(names, alphas_SC.T, strict=True):
+        mine, alpha = candidates[name], law.alpha(asked[name])
+        length = mine.best(alpha.value)[1]
+        each = rate(mine, length)
+        drawn[name] = each(alphas_S)
+        low, high = np.quantile(drawn[name], EDGES)
+        per_second = Interval(float(each(np.array(alpha.value))), float(low), float(high))
+        speedup = Interval(*(tokens * mine.plain / 1000 for tokens in per_second))
+        beyond = law.beyond(asked[name])
+        found.append(Outlook(name, asked[name], alpha, length, per_second, speedup, beyond))
+    found.sort(key=lambda outlook: -outlook.per_second.value)
+    best = drawn[found[0].name]
+    return [found[0], *(_beside(outlook, drawn[outlook.name] - best) for outlook in found[1:])]
+
+
+def rate(candidate: Candidate, length: int) -> Callable[[Array], Array]:
+    """Tokens a second while decoding with chains of this length, of acceptances."""
+    round_ms = between(candidate.draft, length) + between(candidate.verify, length)
+
+    def tokens(alphas_S: Array) -> Array:
+        powers = [alphas_S**k for k in range(length + 1)]
+        return 1000 * np.sum(powers, axis=0) / round_ms
+
+    return tokens
+
+
+def _beside(outlook: Outlook, difference_S: Array) -> Outlook:
+    rival = bool(np.quantile(difference_S, EDGES[1]) >= 0)
+    return Outlook(**vars(outlook) | {"rival": rival})
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What to train. budget: in words, "" without one; law: None where the acceptance is assumed,
+    and `why`; unknown: by reason, the candidates of which it says nothing; sweep: the words of the
+    command that would measure it; command: that trains the first."""
+
+    budget: str
+    law: Law | None
+    why: str
+    outlooks: list[Outlook]
+    unknown: dict[str, list[str]] = field(default_factory=dict)
+    sweep: str = ""
+    command: str = ""
+
+    def told(self) -> dict[str, Any]:
+        """JSON-able."""
+        slopes = self.law.slopes if self.law else {}
+        return {
+            **{"budget": self.budget, "assumed": self.why, "slopes": slopes},
+            **{"outlooks": [outlook.told() for outlook in self.outlooks]},
+            **{"unknown": self.unknown, "command": self.command},
+        }
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        if not self.law or not self.outlooks:
+            return [*self._assumed(), ""]
+        rest = [f"  Nothing is known of {', '.join(who)}: {why}" for why, who in
+                self.unknown.items()]  # fmt: skip
+        return [*self._table(self.law), *rest, *(self._train() if self.budget else []), ""]
+
+    def _assumed(self) -> list[str]:
+        what = f"what {self.budget} buy is not known: " if self.budget else ""
+        return [
+            f"Acceptance is assumed here, {what}{self.why}. What tokens and size do for this "
+            "target is measured by",
+            *(f"  {self.sweep} sweep={name}" for name in ("tokens", "size")),
+            "and `python -m eval.sweep FOLDER` of each; then ask again.",
+        ]
+
+    def _table(self, law: Law) -> Iterator[str]:
+        budget = self.budget or "the recipe's own tokens"
+        sweeps = len({run.sweep for run in law.runs})
+        yield (
+            f"By the law of {len(law.runs)} runs of {sweeps} sweep{'s' if sweeps > 1 else ''} on "
+            f"this target, with {budget} (95 % intervals for a new drafter, T=0, while decoding):"
+        )
+        width = max(len(outlook.name) for outlook in self.outlooks)
+        head = f"  {'drafter':<{width}} {'tokens':>13}  {'acceptance':<18}  {'speedup':<20}"
+        yield f"{head}  drafts of"
+        for o in self.outlooks:
+            far = "  extrapolated" if o.beyond else ""
+            yield (
+                f"  {o.name:<{width}} {o.asked.tokens:>13,.0f}  {shown(o.alpha):<18}  "
+                f"{shown(o.speedup, 'x'):<20}  {o.length}{far}"
+            )
+
+    def _train(self) -> Iterator[str]:
+        first = self.outlooks[0]
+        each = first.per_second
+        yield (
+            f"Train {first.name} ({first.asked.parameters:,} parameters) on "
+            f"{first.asked.tokens:,.0f} tokens and draft {first.length} at a time: tau "
+            f"{shown(first.tau)}, {each.value:.0f} [{each.low:.0f}, {each.high:.0f}] tokens a "
+            f"second, {shown(first.speedup, 'x')}. Prefill, which drafting does not shorten, comes "
+            "on top."
+        )
+        if first.beyond:
+            yield f"Mind that {' and '.join(first.beyond)}: extrapolated."
+        rivals = [outlook.name for outlook in self.outlooks if outlook.rival]
+        if rivals:
+            yield f"Not to be told apart from it: {', '.join(rivals)}."
+        slope = self.law.slopes.get("tokens") if self.law else None
+        if slope and slope.low <= 0:
+            yield f"That more tokens help was not shown (ten times: tau {shown(slope)} more)."
+        yield f"  {self.command}"
