@@ -10,14 +10,14 @@ quickstart: .venv/ready
 
 # one thread in each of several processes: several threads in each would wait for each other
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # long loops of faults; DRAFTSMITH_SOAK_MINUTES bounds them
 soak: .venv/ready
 	$(PY) -m pytest -m soak tests
 
 # what other engines make of our drafters; each in an environment of its own (docs/engines.md)
-interop: .venv/ready .venv-vllm/ready .venv-openvino/ready .venv-speculators/ready
+interop: .venv/ready .venv-vllm/ready .venv-openvino/ready .venv-speculators/ready .venv-llama_cpp/ready
 	$(PY) -m pytest -rs tests/interop
 
 .venv-vllm/ready:
@@ -45,6 +45,15 @@ check: .venv/ready
 format: .venv/ready
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
+
+# its wheel is built from the sources, which also hold the converter to GGUF
+.venv-llama_cpp/ready:
+	$(PYTHON) -m venv .venv-llama_cpp
+	.venv-llama_cpp/bin/pip install -q torch==2.13.0 transformers gguf llama-cpp-python==0.3.36
+	.venv-llama_cpp/bin/pip download -q --no-deps --no-binary :all: -d .venv-llama_cpp llama-cpp-python==0.3.36
+	tar xzf .venv-llama_cpp/llama_cpp_python-0.3.36.tar.gz -C .venv-llama_cpp
+	ln -sfn llama_cpp_python-0.3.36/vendor/llama.cpp .venv-llama_cpp/llama.cpp
+	touch $@
 
 # torch first and exactly: a looser requirement would pull the newest release and its CUDA packages
 .venv/ready: pyproject.toml constraints.txt

@@ -1,6 +1,7 @@
 """Recipe -> stages in order, each with a fingerprint and a folder."""
 
 import ast
+import functools
 import hashlib
 import inspect
 import json
@@ -154,6 +155,7 @@ def _kept(config: Any) -> Any:
     return {key: _kept(value) for key, value in config.items() if key not in free}
 
 
+@functools.cache
 def _source(file: Path) -> str:
     """Hash of a module's code; comments, docstrings and layout do not count."""
     tree = ast.parse(file.read_text(encoding="utf-8"))

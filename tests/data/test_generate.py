@@ -12,8 +12,8 @@ from data.chat import prompt_ids, template_hash
 from data.generate import Generate, read
 from data.sources import Local, heldout, prompt_key
 from decoding.pretrained import Pretrained
+from tests import forked
 from tests.tiny import write_chats, write_target, write_texts
-from train.launch import Launch
 
 SHARDS = 3
 PROMPTS = 24
@@ -283,12 +283,8 @@ def test_prompts_that_the_template_refuses_are_counted(place: Path, tmp_path: Pa
     assert counts["kept"] > 0
 
 
-def test_two_ranks_write_the_shards_of_one(place: Path, made: Path, tmp_path: Path, monkeypatch):
+def test_two_ranks_write_the_shards_of_one(place: Path, made: Path, tmp_path: Path):
     """Each rank its share; a stage that another number of ranks began is gone on with."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     target = {"path": str(place / "target"), "dtype": "float32"}
     source = {"files": [str(place / "chat.jsonl")], "prompt": "{question}"}
     config = {
@@ -304,7 +300,7 @@ def test_two_ranks_write_the_shards_of_one(place: Path, made: Path, tmp_path: Pa
     for file in (made / "artifact").glob("shard-00001.*"):
         (tmp_path / "artifact" / file.name).write_bytes(file.read_bytes())
     kept = (tmp_path / "artifact" / "shard-00001.jsonl").stat().st_mtime_ns
-    assert Launch(how="torchrun", ranks=2).run(tmp_path, parallel=True) == 0
+    forked.run(forked.worker, tmp_path, folder=tmp_path)
     assert shards(tmp_path) == shards(made)
     assert (tmp_path / "artifact" / "shard-00001.jsonl").stat().st_mtime_ns == kept
     data = "artifact/data.json"

@@ -127,3 +127,33 @@ def test_a_stream_goes_on_behind_the_last_row(monkeypatch):
     assert [r["t"] for r in hub.stream("a/b", None, "train", None, "x")] == list(range(9))
     assert len(opened) == 3
     assert pauses == [hub.PAUSE, hub.PAUSE], "a row that arrives makes the tries as many as before"
+
+
+def test_what_datasets_or_the_disk_refuses_is_not_asked_again(monkeypatch):
+    """Only what the network or the Hub's own side may do otherwise the next time."""
+    import errno
+
+    import datasets
+    from datasets.exceptions import DataFilesNotFoundError
+
+    from data import hub
+
+    asked: list[Exception] = []
+    monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
+    for error, times in (
+        (RuntimeError("dataset scripts are no longer supported"), 1),
+        (DataFilesNotFoundError("no supported data files"), 1),
+        (OSError(errno.ENOSPC, "no space left"), 1),
+        (TimeoutError(errno.ETIMEDOUT, "timed out"), hub.TRIES),
+        (FileNotFoundError("a connection that broke"), hub.TRIES),
+    ):
+
+        def load(*a: Any, error: Exception = error, **k: Any) -> Any:
+            asked.append(error)
+            raise error
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        with pytest.raises((RuntimeError, ConnectionError, OSError)):
+            list(hub.stream("a/b", None, "train", None, "x"))
+        assert asked == [error] * times, error
+        asked.clear()

@@ -40,7 +40,7 @@ def p_value(
     *,
     rule: Rule | None = None,
     length: int = 4,
-    n: int = 12_000,
+    n: int = 8_000,  # with which the wrong rules of test_law.py fail
     batch: int = 2_000,
 ) -> float:
     """G-test of the first `length` tokens of n requests, all prompts together, on `exact_law`."""

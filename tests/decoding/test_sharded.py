@@ -1,12 +1,9 @@
-"""A target sharded over two ranks answers as it does whole; run as a program, it is one rank of it.
+"""A target sharded over two ranks answers as it does whole.
 
 Shapes: B batch, D width, V vocabulary.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +20,8 @@ from decoding.sharded import Sharded, agreed, refuse_what_cannot_be_shared
 from decoding.target import Target
 from drafters.lm import LM
 from drafters.trees import tree_of
+from tests import forked
 
-ROOT = Path(__file__).parents[2]
-PLACES = (ROOT, ROOT / "tests", ROOT / "tests" / "decoding")  # that the program imports from
 VOCAB = 49  # of which two ranks cannot have half each
 MODELS = ("Llama", "GPTNeoX")
 FAMILIES = ("medusa", "clover2", "eagle3")
@@ -90,7 +86,6 @@ def out_of_step(sharded: Target, rank: int) -> str:
 
 def job(folder: Path) -> None:
     """What one rank finds, into rank-N.json."""
-    torch.set_num_threads(1)
     rank, world = group.join()
     found: dict[str, Any] = {"models": {}}
     for name in MODELS:
@@ -116,8 +111,6 @@ def job(folder: Path) -> None:
     found["gathered"] = shares.gather([n for n in range(5) if shares.has(n)])
     (folder / f"rank-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     shares.barrier()
-    sys.stdout.flush()
-    os._exit(0)
 
 
 @pytest.fixture(scope="module")
@@ -131,18 +124,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(place: Path) -> list[dict[str, Any]]:
     """What each of two ranks found."""
-    head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(
-        [*head, __file__, str(place)],
-        env=clean
-        | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        | {"PYTHONPATH": os.pathsep.join(map(str, PLACES))},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run(job, place, folder=place)
     return [json.loads((place / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -240,7 +222,3 @@ def test_a_single_rank_needs_no_group(monkeypatch):
     assert [alone.has(n) for n in range(3)] == [True] * 3
     assert alone.decide(lambda: {"a": 0.1}) == {"a": 0.1}
     assert alone.gather([1, 2]) == [1, 2]
-
-
-if __name__ == "__main__":
-    job(Path(sys.argv[1]))

@@ -1,17 +1,14 @@
-"""Runs made on two ranks are those of one; a rank that fails says why. As a program, it is a rank.
-
-The program's words: `rows FOLDER` measures a share, `fail FOLDER` has rank 1 fail.
-"""
+"""Runs made on two ranks are those of one; a rank that fails says why."""
 
 import json
 import os
-import subprocess
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from toys import tiny_target
 
 from decoding import ranks as group
@@ -23,18 +20,16 @@ from drafters.base import save
 from drafters.lm import LM
 from drafters.ngram import Ngram
 from eval.ranks import KEYS, Rows, place_of, read
+from tests import forked
 from tests.tiny import write_chats, write_target, write_texts
 from train.compose import bind, build
 from train.launch import Launch
 from train.processes import worker
 
-ROOT = Path(__file__).parents[2]
-PLACES = (ROOT, ROOT / "tests")  # that the program imports from
 ARMS = ["autoregressive", "ngram"]
 CELLS = [(1, 1.0), (1, 0.0), (2, 0.0)]  # not in the order of their numbers
 REPEATS = 2
 PROMPTS = [[5, 6], [1, 2, 3, 1, 2], [9, 8, 9, 8, 9], [7], [3, 3, 3]]
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def measure(folder: Path, ranks: Ranks, most: int = 10**9) -> list[dict[str, Any]]:
@@ -69,16 +64,17 @@ def measure(folder: Path, ranks: Ranks, most: int = 10**9) -> list[dict[str, Any
         return made.rows
 
 
-def job(what: str, folder: Path) -> None:
-    torch.set_num_threads(1)
+def shares(folder: Path) -> None:
+    """What each of two ranks does."""
     ranks = Ranks.here()
-    if what == "rows":
-        for name in ("shared", "resumed"):
-            rows = measure(folder / name, ranks)
-            (folder / name / f"rank-{ranks.rank}.json").write_text(json.dumps(rows))
-        ranks.barrier()
-        sys.stdout.flush()
-        os._exit(0)
+    for name in ("shared", "resumed"):
+        rows = measure(folder / name, ranks)
+        (folder / name / f"rank-{ranks.rank}.json").write_text(json.dumps(rows))
+    ranks.barrier()
+
+
+def failing(folder: Path) -> None:
+    ranks = Ranks.here()
 
     def run(folder: Path) -> None:
         print("rank", ranks.rank, "is here", flush=True)
@@ -88,21 +84,7 @@ def job(what: str, folder: Path) -> None:
         ranks.barrier()
 
     worker._run = run
-    sys.exit(worker.main([str(folder)]))
-
-
-def two(what: str, folder: Path) -> subprocess.CompletedProcess:
-    head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    clean = {k: v for k, v in os.environ.items() if k not in LAUNCHED}
-    return subprocess.run(
-        [*head, __file__, what, str(folder)],
-        env=clean
-        | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        | {"PYTHONPATH": os.pathsep.join(map(str, PLACES))},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    forked.worker(folder)
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +97,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     measure(folder / "resumed", Ranks(), most=17)
     kept = folder / "resumed" / "runs.jsonl"
     kept.write_text(kept.read_text()[:-9])  # as a kill leaves it
-    done = two("rows", folder)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run(shares, folder, folder=folder)
     return folder
 
 
@@ -183,13 +164,30 @@ def test_of_a_sharded_target_the_first_rank_writes(tmp_path: Path, monkeypatch):
 
 
 def test_a_rank_that_fails_ends_all_with_its_cause(tmp_path: Path):
-    done = two("fail", tmp_path)
-    assert done.returncode != 0
+    ended = forked.begin(failing, tmp_path, folder=tmp_path)
+    assert ended.ends() == [2, 2]
+    said = ended.said()
     note = json.loads((tmp_path / "failed.json").read_text())
     assert note == {"code": 2, "error": "limit is 0; it must be at least 1"}
-    assert done.stderr.count("error: rank 1: limit is 0; it must be at least 1") == 1
-    assert "another rank" not in done.stderr, "what follows from the cause is not told"
-    assert done.stdout.count("is here") == 1, "rank 0 prints for all"
+    assert said.count("error: rank 1: limit is 0; it must be at least 1") == 1
+    assert "another rank" not in said, "what follows from the cause is not told"
+    assert said.count("is here") == 1, "rank 0 prints for all"
+
+
+def left_alone() -> None:
+    if os.environ["RANK"] == "1":
+        raise ValueError("so it is")
+    time.sleep(600)
+
+
+def test_forked_ranks_do_not_outlive_the_one_that_failed(tmp_path: Path, monkeypatch):
+    """What stands for a launcher in these tests, itself."""
+    monkeypatch.setattr(forked, "LATER", 0.3)
+    job = forked.begin(left_alone, folder=tmp_path)
+    assert job.ends() == [-signal.SIGKILL, 1]
+    assert "ValueError: so it is" in job.said()
+    with pytest.raises(AssertionError, match="so it is"):
+        forked.run(left_alone, folder=tmp_path)
 
 
 def test_a_lost_rank_is_said_to_be_lost(monkeypatch):
@@ -209,12 +207,8 @@ def test_ranks_share_the_cores(monkeypatch):
     assert "OMP_NUM_THREADS" not in Launch()._environment(True)
 
 
-def test_a_bench_on_two_ranks_reports_the_runs_of_one(tmp_path: Path, monkeypatch):
+def test_a_bench_on_two_ranks_reports_the_runs_of_one(tmp_path: Path):
     """All but the seconds; a drafter that learns from earlier prompts too."""
-    for name in LAUNCHED:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     write_target(tmp_path / "target", write_texts(tmp_path), ends=20)
     spec = Pretrained(path=str(tmp_path / "target"), dtype="float32")
     ours = {"layers": 1, "width": 64}
@@ -237,7 +231,7 @@ def test_a_bench_on_two_ranks_reports_the_runs_of_one(tmp_path: Path, monkeypatc
         (folder / "stage.json").write_text(json.dumps(note))
     bind(config, "stages.bench")
     build(config).run(folders["one"], drafter=tmp_path / "drafter")
-    assert Launch(how="torchrun", ranks=2).run(folders["two"], parallel=True) == 0
+    forked.run(forked.worker, folders["two"], folder=tmp_path)
     one, two = (
         [json.loads(x) for x in (f / "artifact" / "runs.jsonl").read_text().splitlines()]
         for f in folders.values()
@@ -248,7 +242,3 @@ def test_a_bench_on_two_ranks_reports_the_runs_of_one(tmp_path: Path, monkeypatc
     ]
     report = json.loads((folders["two"] / "artifact" / "report.json").read_text())
     assert report["conditions"]["ranks"] == 2
-
-
-if __name__ == "__main__":
-    job(sys.argv[1], Path(sys.argv[2]))

@@ -1,5 +1,6 @@
 """Composes recipes as the command does, in this process, and runs the command, in another."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -14,6 +15,10 @@ from train.__main__ import CONF, RECIPES
 from train.compose import resolvers
 
 ROOT = Path(__file__).parents[2]
+STAGES = (  # of quickstart, in their order
+    *("target", "pretrain", "generate", "finetune"),
+    *("tune_tree", "bench", "export", "serve", "publish"),
+)
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -21,13 +26,19 @@ def compose(*overrides: str) -> dict[str, Any]:
     """The whole configuration, resolved."""
     resolvers()
     store = ConfigStore.instance()
-    for path in sorted(RECIPES.glob("*.yaml")):
-        store.store(path.stem, OmegaConf.load(path), group="recipe", package="_global_")
+    for name, recipe in _recipes(RECIPES).items():
+        store.store(name, recipe, group="recipe", package="_global_")
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         composed = hydra.compose("config", list(overrides))
     plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     return plain
+
+
+@functools.cache
+def _recipes(folder: Path) -> dict[str, Any]:
+    """By name; reading all of them takes as long as composing one."""
+    return {path.stem: OmegaConf.load(path) for path in sorted(folder.glob("*.yaml"))}
 
 
 def command(

@@ -1,4 +1,4 @@
-"""What test_faults.py has two ranks do: `torchrun ... looping_ranks.py FOLDER`, in two halves.
+"""What test_faults.py has two ranks do, in two halves.
 
 Each rank leaves what it saw in FOLDER/rank-N.json. Between the halves, from FOLDER/begun to
 FOLDER/go on, a single rank goes on with one of their runs.
@@ -127,9 +127,4 @@ def main(folder: Path) -> None:
         time.sleep(0.1)
     found = finish(folder)
     write(folder, found)
-    sys.stdout.flush()
-    os._exit(4 if "memory" in found else 0)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(4 if "memory" in found else 0)

@@ -4,12 +4,9 @@ Shapes: B batch, T tokens.
 """
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +19,14 @@ from data.pack import Packed
 from data.sources import heldout
 from decoding.pretrained import Pretrained
 from eval.controls import Failed
+from tests import forked
 from tests.tiny import write_chats, write_target, write_texts
+from tests.train import ranks
 from train import distill, loop
 from train.compose import bind, build
-from train.launch import Launch
 from train.schedule import AdamW, Schedule
 
-ROOT = Path(__file__).parents[2]
 T, ROWS, STEPS = 32, 4, 10  # sequence length, sequences a step, steps
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(scope="module")
@@ -108,20 +104,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "artifact" / "model.safetensors")
 
 
-def environment(**more: str) -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if k not in LAUNCHED}
-    return clean | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | more
-
-
-def ranks(count: int, *folders: Path, **more: str) -> subprocess.CompletedProcess:
-    """Stages one after another in processes of torchrun, or in one process without a launcher."""
-    head = [sys.executable]
-    if count > 1:
-        head += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    command = [*head, str(Path(__file__).with_name("ranks.py")), *map(str, folders)]
-    return subprocess.run(command, env=environment(**more), capture_output=True, text=True)
-
-
 OBJECTIVES = ("CE", "ForwardKL", "LambdaHybrid")
 
 
@@ -138,7 +120,8 @@ def one(place: Path) -> dict[str, Path]:
 def killed(place: Path) -> Path:
     """A run that a SIGKILL ended in step 8; its last checkpoint is of step 6."""
     folder = note(place / "killed", config(place, "ForwardKL"), data=place / "answers")
-    assert ranks(1, folder, DIE_AT="8").returncode == -signal.SIGKILL
+    died = forked.begin(ranks.stages, [folder], 8, folder=place, ranks=1)
+    assert died.ends() == [-signal.SIGKILL], died.said()
     assert not (folder / "artifact").exists()
     names = sorted(p.name for p in (folder / "checkpoints").iterdir())
     assert names == ["step-00000004", "step-00000006"]
@@ -153,8 +136,7 @@ def two(place: Path, killed: Path) -> dict[str, Path]:
         for name in OBJECTIVES
     }
     folders["resumed"] = shutil.copytree(killed, place / "two-resumed")
-    done = ranks(2, *folders.values())
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run(ranks.stages, list(folders.values()), folder=place)
     return folders
 
 
@@ -210,19 +192,6 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(place: Path, one, killed:
     assert "resumed after step 4 of 10" in said
     straight = weights(one["ForwardKL"])
     assert all(torch.equal(straight[key], value) for key, value in weights(folder).items())
-
-
-def test_deepspeeds_launcher_runs_a_worker_on_two_ranks(place: Path, one, monkeypatch):
-    """It gives every process --local_rank=N; results are noted once, by rank 0."""
-    folder = note(place / "launched", config(place, "ForwardKL"), data=place / "answers")
-    for name in LAUNCHED:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert Launch(how="deepspeed", ranks=2).run(folder, parallel=True) == 0
-    assert (folder / "DONE").is_file()
-    assert json.loads((folder / "environment.json").read_text())["ranks"] == 2
-    assert curve(folder) == pytest.approx(curve(one["ForwardKL"]), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["CE", "ForwardKL", "LambdaHybrid"])

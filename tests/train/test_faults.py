@@ -5,8 +5,6 @@ import copy
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +13,9 @@ from typing import Any
 import pytest
 
 from data.documents import Documents
+from tests import forked
 from tests.tiny import tokenizer, write_texts
+from tests.train import looping_ranks
 from tests.train.looping import (
     STEPS,
     curve,
@@ -30,9 +30,6 @@ from tests.train.test_training_loop import told_at
 from train import packing, plan
 from train.guard import ECHO, STOP, Preempted
 from train.schedule import Schedule
-
-ROOT = Path(__file__).parents[2]
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def seen_by_ranks(folder: Path) -> list[Any]:
@@ -51,22 +48,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(place: Path) -> Iterator["subprocess.Popen[str]"]:
+def two(place: Path) -> Iterator[forked.Forked]:
     """Two ranks, which have done the first half of their job and wait to be told to go on."""
-    script = str(Path(__file__).with_name("looping_ranks.py"))
-    head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    clean = {k: v for k, v in os.environ.items() if k not in LAUNCHED}
-    mine = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    job = subprocess.Popen(
-        [*head, script, str(place)],
-        env=clean | mine | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    job = forked.begin(looping_ranks.main, place, folder=place)
     try:
-        while job.poll() is None and not (place / "begun").exists():
+        while job.running and not (place / "begun").exists():
             time.sleep(0.1)
-        assert job.poll() is None, (job.communicate()[1] or "")[-3000:]
+        assert job.running, job.said()[-3000:]
         yield job
     finally:
         job.kill()
@@ -83,7 +71,7 @@ def finished(place: Path, two, begun) -> list[Any]:
     with pytest.raises(Preempted, match="after step 5"):
         trained(place / "elastic", "lm", told_at(2), every=2, micro_batch=4, zero_stage=0)
     (place / "go on").touch()
-    two.communicate()
+    two.ends()
     return seen_by_ranks(place)
 
 
@@ -122,7 +110,7 @@ def test_two_ranks_one_rank_two_ranks_is_the_run_of_one(place: Path, finished):
 
 def test_full_memory_on_one_rank_ends_both(place: Path, two, finished):
     """The other one neither goes on alone nor tries again with less."""
-    assert two.returncode != 0
+    assert two.ends() == [4, 4]
     name, said = finished[1]["memory"]
     assert name == "MemoryError"
     assert said.startswith("memory ran out in step 2, in a micro-batch of 1 sequences")

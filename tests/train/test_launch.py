@@ -4,6 +4,7 @@ The jobs run through `Launch.run` with the real worker; faults/sitecustomize.py 
 stage that goes wrong in a chosen way.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -17,7 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.train.composing import command, compose
+from tests.train.composing import LAUNCHED, ROOT, STAGES, command, compose
+from tests.waiting import comes
 from train import versions
 from train.compose import build
 from train.launch import Launch
@@ -26,9 +28,7 @@ from train.processes import lock, slurm, worker
 from train.processes.job import Job
 from train.processes.lock import Lock
 
-ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SOON = 60  # seconds, in which all must be gone
 
 
@@ -86,6 +86,15 @@ def test_a_hung_rank_ends_all_and_is_named(out: Path, monkeypatch, capfd):
     assert "Traceback" not in said.err
     assert said.out.count("says: 안녕하세요") == 1, "rank 0 prints for all"
     assert not (out / "DONE").exists()
+
+
+def test_deepspeeds_launcher_runs_a_worker_on_each_of_two_ranks(out: Path, monkeypatch):
+    """It gives every process --local_rank=N; results are noted once, by rank 0."""
+    assert start(two("deepspeed"), out, "", monkeypatch)[0] == 0
+    assert (out / "DONE").is_file()
+    assert json.loads((out / "environment.json").read_text())["ranks"] == 2
+    places = [json.loads((out / f"place-{rank}.json").read_text()) for rank in range(2)]
+    assert [p["LOCAL_RANK"] for p in places] == ["0", "1"]
 
 
 def test_a_killed_rank_ends_all_and_the_same_command_goes_on(out: Path, monkeypatch, capfd):
@@ -227,8 +236,9 @@ def test_what_a_launcher_leaves_behind_is_ended(tmp_path: Path, capfd):
     )
     assert job([sys.executable, "-c", code], tmp_path, expected=1).run() == 9
     pid = int((tmp_path / "pid").read_text())
-    time.sleep(0.2)
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    with contextlib.suppress(psutil.NoSuchProcess):
+        left = psutil.Process(pid)
+        assert comes(lambda: left.status() == psutil.STATUS_ZOMBIE)
     assert "have ended without a word (code 9)" in capfd.readouterr().err
 
 
@@ -465,7 +475,7 @@ def test_a_child_of_a_dead_owner_does_not_hold_the_lock(tmp_path: Path):
 def test_an_owner_on_another_machine_is_believed_while_it_gives_signs(alive, tmp_path, monkeypatch):
     """Where the file system's locks do not reach from one machine to the other."""
     monkeypatch.setattr(lock, "BEAT", 0.2)
-    monkeypatch.setattr(lock, "AGES", 1.0)
+    monkeypatch.setattr(lock, "AGES", 20.0 if alive else 1.0)
     note = {"host": "node9", "pid": 7, "born": 0.0, "since": "x", "count": 1}
     file = tmp_path / ".lock"
     file.write_text(json.dumps(note).ljust(256))
@@ -477,8 +487,7 @@ def test_an_owner_on_another_machine_is_believed_while_it_gives_signs(alive, tmp
             mine.take()
         return
     assert "process 7 on node9 (since x) has left" in mine.take()
-    time.sleep(0.5)
-    assert json.loads(file.read_text())["count"] > 1, "it gives signs itself"
+    assert comes(lambda: json.loads(file.read_text())["count"] > 1), "it gives signs itself"
     mine.free()
 
 
@@ -495,23 +504,13 @@ def tiny(folder: Path) -> list[str]:
     small = {"layers": 1, "width": 64, "vocab_size": 300, "max_positions": 64}
     small |= {"schedule.tokens": 768, "schedule.batch_tokens": 256}
     small |= {"schedule.sequence_length": 64, "schedule.micro_batch": 2}
-    others = (
-        "pretrain",
-        "generate",
-        "finetune",
-        "tune_tree",
-        "bench",
-        "export",
-        "serve",
-        "publish",
-    )
     return [
         "recipe=quickstart",
         f"output_dir={folder / 'out'}",
         "~stages.target.data",
         f"+stages.target.data={{{source}}}",
         *(f"stages.target.{key}={value}" for key, value in small.items()),
-        *(f"stages.{stage}=null" for stage in others),
+        *(f"stages.{stage}=null" for stage in STAGES[1:]),
     ]
 
 

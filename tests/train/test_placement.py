@@ -1,14 +1,10 @@
-"""Where the frozen target is in training: whole, or shared by two ranks; run as a program, it is
-one of the ranks.
+"""Where the frozen target is in training: whole, or shared by two ranks.
 
 Shapes: B batch, T tokens, D width.
 """
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +16,14 @@ from decoding.sharded import Gathered, agreed
 from decoding.target import Shape, Target
 from drafters.clover2 import Clover2
 from eval.controls import Failed
+from tests import forked
 from tests.tiny import write_target, write_texts
 from tests.toys import tiny_model
 from train.compose import bind, build
+from train.engine import join
 from train.placement import checksum, placement, require_unchanged
 from train.recorded import Kept
 
-ROOT = Path(__file__).parents[2]
 T, ROWS, STEPS = 32, 4, 4  # sequence length, sequences a step, steps
 HEADS = {"draft_length": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -92,9 +89,6 @@ def parts(whole: Target, shared: Target, rank: int) -> dict[str, float]:
 
 def job(folder: Path) -> None:
     """Into rank-N.json what this rank found; trains every family with the target in both places."""
-    torch.set_num_threads(1)
-    from train.engine import join
-
     rank, _ = join()
     spec = {"path": str(folder / "deep"), "dtype": "float32"}
     whole, shared = Pretrained(**spec).load(), Pretrained(**spec, parallel="zero3").load()
@@ -120,8 +114,6 @@ def job(folder: Path) -> None:
             made.run(out, data=folder / "answers")
     (folder / f"rank-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     torch.distributed.barrier()
-    sys.stdout.flush()
-    os._exit(0)
 
 
 @pytest.fixture(scope="module")
@@ -146,16 +138,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(place: Path) -> list[dict[str, Any]]:
     """What each of two ranks found."""
-    head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(
-        [*head, __file__, str(place)],
-        env=clean | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run(job, place, folder=place)
     return [json.loads((place / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -303,7 +286,3 @@ def test_the_arithmetic_of_an_8b_target():
     assert chosen == "target in bfloat16: shared by 8 ranks, 4.3 GiB on each"
     assert "whole, 15.3 GiB of weights on each of 8 ranks (target.parallel=null)" in instead
     assert "cached, 76.4 GiB of disk for 10,000,000 positions in float16 and 2.7 GiB" in instead
-
-
-if __name__ == "__main__":
-    job(Path(sys.argv[1]))

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from decoding import pulse
+from tests.waiting import comes
 from train.launch import Launch
 from train.processes import crew, watch, worker
 from train.processes.crew import Crew
@@ -242,14 +243,17 @@ AT_WORK = {
 def test_what_a_child_computes_reads_and_writes_is_work(what: str, tmp_path: Path):
     """As a data loader's workers do while their rank waits for them."""
     code, still = AT_WORK[what]
-    begin = "import sys, time\nfile = open(sys.argv[1], 'wb', 0)\nprint(flush=True)"
+    begin = "import sys, time\nfile = open(sys.argv[1], 'wb', 0)\nprint(flush=True)\ninput()"
     words = [sys.executable, "-c", f"{begin}\n{code}", str(tmp_path / "file")]
-    child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout
+        assert child.stdin
         child.stdout.readline()
         own = Still()
         assert not own.look(1.0, 100.0, SPAN), "one look says nothing"
+        child.stdin.write("\n")  # it begins when it has been looked at, however busy the machine
+        child.stdin.flush()
         time.sleep(SPAN)
         if "ended" in what:  # what it had used is now its parent's
             child.wait()
@@ -309,10 +313,9 @@ def test_a_thread_that_waits_for_others_is_told_from_one_that_works():
 
     there = threading.Thread(target=distributed_c10d, daemon=True)
     there.start()
-    time.sleep(0.1)
-    waits, where = position(there.ident)
-    assert not waits
-    assert where.startswith("tests/train/test_watch.py, line ")
+    here = "tests/train/test_watch.py, line "
+    assert comes(lambda: position(there.ident)[1].startswith(here))
+    assert not position(there.ident)[0]
     go.set()
     there.join()
     code = compile(
@@ -323,8 +326,7 @@ def test_a_thread_that_waits_for_others_is_told_from_one_that_works():
     torchs = type(distributed_c10d)(code.co_consts[0], scope)
     there = threading.Thread(target=torchs, args=(go,), daemon=True)
     there.start()
-    time.sleep(0.1)
-    assert position(there.ident)[0]
+    assert comes(lambda: position(there.ident)[0])
     go.set()
     there.join()
 
