@@ -1,4 +1,5 @@
-"""Families of curves, and the one that leaves least: weighted least squares with one exponent.
+"""Families of curves, and the one that leaves least: weighted least squares with one
+bend, an exponent or a place.
 
 Shapes: N points, C coefficients, R draws, X places.
 """
@@ -19,16 +20,17 @@ DRAWS = 9  # 2 to this power: 512
 
 @dataclass(frozen=True)
 class Form:
-    """A family of curves: linear in all coefficients but the last, which is one of `exponents`."""
+    """A family of curves: linear in all coefficients but the last, which is one of those that
+    `bends` gives for the points' x, if there is one."""
 
     formula: str
     parts: Callable[[Array, Any], Sequence[Any]]
-    exponents: Array | None = None
+    bends: Callable[[Array], Array] | None = None
 
     @property
     def count(self) -> int:
         """Coefficients, C."""
-        return len(self.parts(np.ones(1), 1.0)) + (self.exponents is not None)
+        return len(self.parts(np.ones(1), 1.0)) + (self.bends is not None)
 
     def curve(self, coefficients_RC: Array, x_X: Array) -> Array:
         """(R, X): each row of coefficients at each place."""
@@ -37,13 +39,26 @@ class Form:
         return sum(columns, np.zeros((len(coefficients_RC), len(x_X))))
 
 
+def _knees(x_N: Array) -> Array:
+    """From the least x to the third largest: three places at least lie on what rises."""
+    places = np.unique(x_N)
+    return np.geomspace(places[0], places[max(0, len(places) - 3)], 200)
+
+
 FORMS = {
     "log10": Form("a + b log10 x", lambda x, _: (np.ones_like(x), np.log10(x))),
     "log2": Form("a + b log2 x", lambda x, _: (np.ones_like(x), np.log2(x))),
     "linear": Form("a + b x", lambda x, _: (np.ones_like(x), x)),
-    "power": Form("a x^b", lambda x, b: (x**b,), np.linspace(-3, 3, 601)),
+    "power": Form("a x^b", lambda x, b: (x**b,), lambda _: np.linspace(-3, 3, 601)),
     "saturating": Form(
-        "a - c x^-b", lambda x, b: (np.ones_like(x), -(x**-b)), np.geomspace(0.05, 3, 120)
+        "a - c x^-b",
+        lambda x, b: (np.ones_like(x), -(x**-b)),
+        lambda _: np.geomspace(0.05, 3, 120),
+    ),
+    "late": Form(
+        "a + b log10 max(x, k)",
+        lambda x, k: (np.ones_like(x), np.log10(np.maximum(x, k))),
+        _knees,
     ),
 }
 
@@ -59,10 +74,10 @@ class Fit(NamedTuple):
 
 
 def solve(form: str, x_N: Array, y_RN: Array, sd_N: Array) -> Array:
-    """Coefficients (R, C) of each row: linear least squares at every exponent E that the form may
-    have, then the exponent that leaves least (variable projection, Golub and Pereyra 1973)."""
-    exponents = FORMS[form].exponents
-    tried_E1 = np.ones((1, 1)) if exponents is None else exponents[:, None]
+    """Coefficients (R, C) of each row: linear least squares at every bend E that the form may have,
+    then the bend that leaves least (variable projection, Golub and Pereyra 1973)."""
+    bends = FORMS[form].bends
+    tried_E1 = np.ones((1, 1)) if bends is None else bends(x_N)[:, None]
     parts = FORMS[form].parts(x_N[None], tried_E1)
     design_ENP = np.stack([np.broadcast_to(p, (len(tried_E1), len(x_N))) for p in parts], -1)
     q_ENP, r_EPP = np.linalg.qr(design_ENP / sd_N[:, None])
@@ -70,7 +85,7 @@ def solve(form: str, x_N: Array, y_RN: Array, sd_N: Array) -> Array:
     best_R = np.sum(along_ERP**2, -1).argmax(0)
     inverse_EPP = np.linalg.inv(r_EPP)
     rows = np.einsum("rij,rj->ri", inverse_EPP[best_R], along_ERP[best_R, np.arange(len(y_RN))])
-    return rows if exponents is None else np.concatenate([rows, tried_E1[best_R]], 1)
+    return rows if bends is None else np.concatenate([rows, tried_E1[best_R]], 1)
 
 
 def least(form: str, x_N: Array, y_N: Array, sd_N: Array) -> Fit:

@@ -24,6 +24,7 @@ from eval.curves import FORMS, Fit, drawn, edges, least
 
 MARGIN = 4.0  # of AICc: the asked form then has a seventh of the other's weight (Akaike weights)
 LEAST = 3  # points of a law
+FORMS_TRIED = ("power", "saturating")
 Z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
 
 
@@ -119,7 +120,7 @@ def fit(
     asked: str = "log10",
     names: Sequence[str] = (),
     conditions: dict[str, Any] | None = None,
-    forms: Sequence[str] = ("power", "saturating"),
+    forms: Sequence[str] = FORMS_TRIED,
 ) -> Law:
     """The law of y(x) in the form `asked`, or in one of `forms` where that is clearly better.
 
@@ -131,7 +132,7 @@ def fit(
 
     Bands: with the form fixed, every y is drawn anew as law + normal noise of its own standard
     deviation, on the scale of the residuals, itself drawn (scaled inverse chi-square), and the law
-    is fitted again. For forms without exponent that is Student's interval of least squares.
+    is fitted again. For forms without a bend that is Student's interval of least squares.
 
     Raises ValueError below three points, or where x has fewer different values than needed.
     """

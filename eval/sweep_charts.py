@@ -196,6 +196,10 @@ def formula(law: Law) -> str:
         return f"{a:.3g} x^{rest[0]:.2f}"
     if law.form == "saturating":
         return f"{a:.3g} {'-' if rest[0] >= 0 else '+'} {abs(rest[0]):.3g} x^-{rest[1]:.2f}"
+    if law.form == "late":
+        return (
+            f"{a:.3g} {'-' if rest[0] < 0 else '+'} {abs(rest[0]):.3g} log10 max(x, {rest[1]:,.0f})"
+        )
     of = FORMS[law.form].formula.removeprefix("a + b ")
     return f"{a:.3g} {'-' if rest[0] < 0 else '+'} {abs(rest[0]):.3g} {of}"
 

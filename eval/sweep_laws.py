@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from eval.bootstrap import Estimate
-from eval.laws import LEAST, Law, fit
+from eval.laws import FORMS_TRIED, LEAST, Law, fit
 from eval.swept import Run, Sweep
 
 TOKENS = ("schedule.tokens",)
@@ -139,6 +139,8 @@ def _law(
         [e["low"] for *_, e in ordered],
         [e["high"] for *_, e in ordered],
         **{"of": of, "against": against, "asked": asked},
+        # a drafter learns how often tokens are before it learns what follows what
+        forms=(*FORMS_TRIED, "late") if against == "tokens" else FORMS_TRIED,
         names=named,
         conditions=conditions,
     )

@@ -85,6 +85,24 @@ def test_log_linear_data_keep_their_form_and_saturating_data_lose_it():
     assert lost[0].at(1e8).value == pytest.approx(3.2, abs=0.2), "it stays below its ceiling"
 
 
+def late(x):
+    return 1.3 + 0.8 * np.log10(np.maximum(x, 8e4) / 8e4)
+
+
+def test_a_law_that_begins_late_is_told_from_a_line_and_a_line_from_it():
+    x = np.geomspace(1.5e4, 1e6, 10)
+    forms = ("power", "saturating", "late")
+    lines = [law_of(x, *noisy(line, x, seed, 0.04, 0.02), forms=forms).form for seed in range(20)]
+    found = [law_of(x, *noisy(late, x, seed, 0.03, 0.02), forms=forms) for seed in range(20)]
+    assert lines.count("log10") >= 18
+    assert [law.form for law in found].count("late") >= 18
+    _, b, k = np.median([law.coefficients for law in found if law.form == "late"], axis=0)
+    assert b == pytest.approx(0.8, abs=0.08)
+    assert k == pytest.approx(8e4, rel=0.15)
+    assert found[0].at(2e4).value == pytest.approx(1.3, abs=0.05), "flat before"
+    assert found[0].at(1e7).value == pytest.approx(late(1e7), abs=0.3)
+
+
 def test_six_points_of_a_line_are_not_bent():
     """Akaike's criterion without the correction for small samples bends one in fifteen."""
     x = np.geomspace(1e4, 1e6, 6)
@@ -216,5 +234,5 @@ def test_too_few_runs_are_refused():
 
 def test_every_form_says_how_many_coefficients_it_has():
     assert {name: form.count for name, form in FORMS.items()} == {
-        **{"log10": 2, "log2": 2, "linear": 2, "power": 2, "saturating": 3},
+        **{"log10": 2, "log2": 2, "linear": 2, "power": 2, "saturating": 3, "late": 3},
     }
