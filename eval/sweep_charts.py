@@ -67,7 +67,7 @@ def charts(figures: Sequence[Panel]) -> list[Chart]:
 
 
 def write(figures: Sequence[Panel], path: Path) -> None:
-    """The panels as one PNG, two in a row."""
+    """The panels as one PNG, two in a row; an odd last one has the row to itself."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -77,7 +77,8 @@ def write(figures: Sequence[Panel], path: Path) -> None:
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(len(rows), 2, height_ratios=heights)
     for i, panel in enumerate(figures):
-        axes = figure.add_subplot(grid[i // 2, i % 2])
+        alone = i % 2 == 0 and i == len(figures) - 1
+        axes = figure.add_subplot(grid[i // 2, :] if alone else grid[i // 2, i % 2])
         axes.set_title(panel.said, fontsize=10)
         panel.draw(axes)
     figure.savefig(path, format="png")

@@ -163,13 +163,15 @@ def explained(laws: list[Law]) -> list[str]:
 
 
 def _which(depth: Law, size: Law) -> str:
-    """By how much better the one fits than the other, as AICc of equally many coefficients."""
+    """By how much better the one fits than the other, both straight, by AICc."""
     told = (
         f"The time of a drafted token has R2 {depth.r_squared:.3f} against depth and "
         f"{size.r_squared:.3f} against parameters ({depth.n} runs): "
     )
     if min(depth.residual, size.residual) <= 0:
         return told + "a fit without residuals proves nothing."
+    if depth.form != size.form:
+        return told + "one is a straight line and the other is not, so they are not compared."
     gain = 2 * depth.n * math.log(size.residual / depth.residual)
     if abs(gain) <= 4:
         return told + "the runs do not tell which explains it."

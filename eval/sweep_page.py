@@ -59,12 +59,15 @@ def opening(sweep: Sweep, laws: Sequence[Law]) -> list[Said]:
 
 
 def _answer(sweep: Sweep) -> Iterator[str]:
-    ranked = [run for run in sweep.measured if run.value is not None]
+    ranked = [run for run in sweep.measured if sweep.value(run) is not None]
     if not ranked:
         yield "No run has been measured by bench yet; the learning curves are below."
         return
     best, n = ranked[0], len(ranked)
     yield f"Best of {n} by {sweep.maximises}: {best.name}, {_figures(best)}."
+    if rest := [run for run in sweep.runs if run not in ranked]:
+        failed = sum(bool(run.code) for run in rest)
+        yield f"Of {len(sweep.runs)} jobs, {failed} failed and {len(rest) - failed} have no figure."
     if n == 1:
         return
     equal = [run.name for run in ranked[1:] if not _apart(best, run, sweep)]

@@ -7,7 +7,7 @@ of the stages that a job names.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,13 @@ class Sweep:
     def measured(self) -> list[Run]:
         """The runs whose figures may be used, best first."""
         good = [run for run in self.runs if run.measured]
-        worst = float("-inf")
-        return sorted(good, key=lambda r: worst if r.value is None else r.value, reverse=True)
+        known = {id(run): self.value(run) for run in good}
+        return sorted(good, key=lambda run: (known[id(run)] is None, -(known[id(run)] or 0.0)))
+
+    def value(self, run: Run) -> float | None:
+        """What the sweep maximises, of this run."""
+        found = self.estimate(run)
+        return None if found is None else found["value"]
 
     def estimate(self, run: Run) -> Estimate | None:
         """What the sweep maximises, of this run, with its interval where bench gave one."""
@@ -119,7 +124,7 @@ def read(folder: Path) -> Sweep:
     try:
         runs = [_run(read_json(job, f"{job} is not the note of a job"), folder) for job in jobs]
         told = {key: note[key] for key in ("recipe", "preset", "maximises", "axes", "command")}
-    except KeyError as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{folder} is no sweep of this version: its notes or reports lack {error}; run it "
             "again, which finds finished stages done"
@@ -135,7 +140,9 @@ def together(sweeps: list[Sweep]) -> Sweep:
     runs: dict[Any, Run] = {}
     for sweep in sweeps:
         for run in sweep.runs:
-            runs.setdefault(run.bench or (sweep.folder, run.name), run)
+            own = sweep.maximises == sweeps[0].maximises
+            same = run if own else replace(run, value=None)  # which is of something else
+            runs.setdefault(run.bench or (sweep.folder, run.name), same)
     first = sweeps[0]
     made = Sweep(
         first.folder,
@@ -177,7 +184,9 @@ def _run(note: Row, folder: Path) -> Run:
     stages = folder.parent.parent / "stages"
     for place in map(Path, note["stages"].values()):
         stage = found_at(place, stages)
-        if stage is not None and note_of(stage)["config"].get("_target_") == BENCH:
+        if stage is None or not (stage / "result.json").is_file():  # not at its end
+            continue
+        if note_of(stage)["config"].get("_target_") == BENCH:
             run |= benched(stage, stages)
     return Run(shortly(overrides), overrides, **run)
 

@@ -360,7 +360,8 @@ def test_the_page_answers_first(outputs: Folder):
     outputs.run(made, {KEY: "broken"}, {0.0: (9.9, 0.1)}, passed=False, lr=3.0)
     lines = sweep.write(together([read(made)]), made / "report")
     assert lines[0].startswith("Best of 6 by tau_T0: tokens=983040, at T=0 tau 2.")
-    assert "measure the one that you choose again" in lines[2]
+    assert lines[1] == "Of 9 jobs, 2 failed and 1 have no figure."
+    assert "measure the one that you choose again" in lines[3]
     assert re.search(r"^Tau against tokens .*T=0, n=6\) rises, \+0\.5", "\n".join(lines), re.M)
     text = (made / "report" / "sweep.md").read_text()
     assert "| tokens=9 | failed (code 2) | - |" in text
@@ -451,7 +452,7 @@ def test_no_name_becomes_a_tag_or_a_formula(outputs: Folder):
         outputs.run(made, {f"stages.{EVIL} $x$": tokens}, {0.0: (2 + i / 5, 0.1)}, tokens=tokens)
     outputs.job(made, {"a": EVIL}, code=2, error=f"| {EVIL}")
     lines = sweep.write(together([read(made)]), made / "report")
-    assert "n=3" in lines[3]
+    assert "n=3" in lines[4]
     page = Tags((made / "report" / "index.html").read_text())
     assert "script" not in page.tags
     assert not [v for _, v in page.values if v.startswith(("http", "//"))]
@@ -481,6 +482,27 @@ def test_what_is_no_sweep_or_not_measured_is_refused_in_a_sentence(
     assert "is not the note of a job" in refused(capsys, empty)
     (empty / "jobs" / "0.json").write_text("{}")
     assert "lack 'overrides'" in refused(capsys, empty)
+
+
+def test_sweeps_that_maximise_different_things_are_ranked_by_one(outputs: Folder):
+    """A tau is not compared with a speedup, though both are numbers."""
+    fast = outputs.sweep("size", axes=["drafter.width"], maximises="speedup_T0")
+    slow = outputs.sweep("tokens", axes=[KEY])
+    outputs.run(fast, {"drafter.width": 64}, {0.0: (2.5, 0.1)}, speedups={1: 1.4})
+    (job,) = (fast / "jobs").iterdir()
+    job.write_text(json.dumps(json.loads(job.read_text()) | {"value": 1.4}))
+    outputs.run(slow, {KEY: 9}, {0.0: (1.9, 0.1)}, speedups={1: 1.1}, tokens=20_480)
+    for folders in ((fast, slow), (slow, fast)):
+        made = together([read(folder) for folder in folders])
+        assert [run.name for run in made.measured] == ["width=64", "tokens=9"]
+
+
+def test_a_bench_that_is_not_at_its_end_has_no_figures(outputs: Folder):
+    made = outputs.sweep("tokens", axes=[KEY])
+    outputs.run(made, {KEY: 9}, {0.0: (1.9, 0.1)})
+    bench = outputs.run(made, {KEY: 99}, {0.0: (2.9, 0.1)}, tokens=20_480)
+    (bench / "result.json").unlink()
+    assert [run.tau for run in read(made).runs if run.name == "tokens=99"] == [{}]
 
 
 def test_sweeps_of_two_targets_are_refused(outputs: Folder, tmp_path: Path, capsys):
