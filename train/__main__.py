@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.secrets import guard, redacted, refuse_word
 from train.compose import CONF, RECIPES, refuse_commands, resolvers
-from train.grid import axes_of, base_word, begun, each_part, first, no_sweep, swept
+from train.grid import axes_of, base_word, begun, each_part, first, no_sweep, swept, words_of
 from train.mistakes import explain, no_choice, options, quoted, unreadable
 from train.plugins import refusal
 from train.task import task
@@ -25,6 +25,7 @@ from train.task import task
 # Hydra's others read configurations from elsewhere, or a pickle
 SWITCHES = ("-m", "--multirun", "-c", "--cfg", "-p", "--package", "-i", "--info", "--resolve")
 SHOWS = ("-c", "--cfg", "-i", "--info")  # they run nothing
+TAKES = (*SHOWS, "-p", "--package")  # with a word behind them that is no override
 HELP = """\
 draftsmith makes draft models for speculative decoding, and measures what they save.
 
@@ -62,8 +63,10 @@ def main() -> None:
         print(help_text())
         return
     overrides = _check(sys.argv[1:])
-    if {"-m", "--multirun"} & set(sys.argv[1:]) and not set(SHOWS) & set(sys.argv[1:]):
+    words, switches = _parted(sys.argv[1:])
+    if {"-m", "--multirun"} & set(switches):
         sys.exit(_sweep(overrides))
+    sys.argv[1:] = [*words, *switches]  # argparse wants all words in one place
     _hydra()
 
 
@@ -80,8 +83,7 @@ def _sweep(overrides: list[Override]) -> int:
         for words in each_part(overrides, axes):
             _composed(words)
         with begun(overrides, axes, composed) as (sweep, words):
-            given = [str(override.input_line) for override in overrides]
-            sys.argv[1:] = ["--multirun", *given, *words]  # argparse wants switches before words
+            sys.argv[1:] = ["--multirun", *words_of(overrides, axes), *words]
             return swept(sweep, _hydra)
     except ValueError as error:
         _stop(str(error))
@@ -118,20 +120,32 @@ def help_text() -> str:
     return HELP.format(recipes="\n".join(lines), groups="\n".join(groups))
 
 
+def _parted(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The words, and the switches with what they take."""
+    words, switches = list[str](), list[str]()
+    for before, each in zip(["", *arguments], arguments, strict=False):
+        taken = before in TAKES and "=" not in each
+        (switches if each.startswith("-") or taken else words).append(each)
+    return words, switches
+
+
 def _check(arguments: list[str]) -> list[Override]:
     """The overrides among the arguments, after a first composition, so that a misspelling is one
     sentence with the valid names."""
-    for switch in (a.partition("=")[0] for a in arguments if a.startswith("-")):
+    words, given = _parted(arguments)
+    switches = [switch.partition("=")[0] for switch in given if switch.startswith("-")]
+    for switch in switches:
         if switch not in SWITCHES:
             _stop(
                 f"{switch} is no switch here, expected one of {', '.join(SWITCHES)}: leave it out"
             )
-    pairs = zip(["", *arguments], arguments, strict=False)
-    takes = ("-c", "--cfg", "-p", "--package", "-i", "--info")  # a word that is no override
-    words = [a for before, a in pairs if not a.startswith("-") and before not in takes]
+    multirun = bool({"-m", "--multirun"} & set(switches))
+    shows = [switch for switch in switches if switch in SHOWS]
+    if multirun and shows:
+        _stop(f"{shows[0]} shows one configuration, and -m runs several: leave out one of the two")
     overrides = _overrides(words)
     for override in overrides:
-        _check_word(override, bool({"-m", "--multirun"} & set(arguments)))
+        _check_word(override, multirun)
     if any("glob(" in str(o.input_line) for o in overrides if o.is_sweep_override()):
         return overrides  # Hydra expands it, and lists the options itself
     plain = [first(override) for override in overrides]
@@ -145,7 +159,7 @@ def _check_word(override: Override, multirun: bool) -> None:
     """Refuses a word that reaches where it may not, or is no choice."""
     key, line = str(override.key_or_group), str(override.input_line)
     if key.startswith("hydra"):
-        wrong = refusal(override)
+        wrong = refusal(override, multirun)
         if wrong:
             _stop(wrong)
         return

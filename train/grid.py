@@ -1,5 +1,6 @@
 """The axes of a sweep, of its preset and of the user; and how all its jobs begin and end."""
 
+import itertools
 import os
 import shlex
 import signal
@@ -21,7 +22,7 @@ from data.secrets import redacted
 from train.compose import CONF, check_name
 from train.mistakes import explain, several
 from train.plugins import TOGETHER, added, chosen
-from train.sweep import Sweep, folder_of, told
+from train.sweep import OWN, Sweep, folder_of, told
 
 DISTILL = "train.distill.Distill"
 NEEDED = ("finetune", "bench")  # stages that the presets change or measure
@@ -74,21 +75,78 @@ def _values(override: Override) -> list[str]:
 def axes_of(overrides: list[Override], composed: DictConfig) -> Axes:
     """The preset's axes, and the user's, which replace those of the same key. composed: what all
     jobs have in common, with Hydra's settings. Raises ValueError for a preset that this recipe
-    cannot use."""
+    cannot use, for a single value of its axis, and where nothing is swept."""
     if composed.sweep.name:
         _require_stages(composed)
+    axes = own = _presets(composed)
+    for override in overrides:
+        if override.is_sweep_override():
+            _require_sampler(override, overrides)
+            axes = {k: v for k, v in axes.items() if k != _bare(override)}
+            axes[override.get_key_element()] = _values(override)
+        elif _bare(override) in own and not _starts_from(override, composed):
+            raise ValueError(
+                f"{override.input_line} replaces the axis of sweep={composed.sweep.name}: give "
+                "several values"
+            )
+    if not axes:
+        raise ValueError("nothing is swept: give a key several values, or leave out -m")
+    return axes
+
+
+def _presets(composed: DictConfig) -> Axes:
+    """The axes of the preset alone."""
     try:
         given = composed.hydra.sweeper.get("params") or {}
         params = {key: given[key] for key in given}  # which computes them
     except OmegaConfBaseException as error:
         raise ValueError(explain(error, [])) from None
     parsed = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in params.items()])
-    axes = {o.get_key_element(): _values(o) for o in parsed if o.is_sweep_override()}
+    return {o.get_key_element(): _values(o) for o in parsed if o.is_sweep_override()}
+
+
+def _starts_from(override: Override, composed: DictConfig) -> bool:
+    """Whether the preset computes this axis from the recipe's own value, which the word gives."""
+    key = _bare(override)
+    params: Any = OmegaConf.to_container(composed.hydra.sweeper.params, resolve=False)
+    own = (f"${{{key}}}", f"${{hydra.runtime.choices.{key}}}")
+    return not override.is_delete() and any(name in str(params[key]) for name in own)
+
+
+def _require_sampler(override: Override, overrides: list[Override]) -> None:
+    sweeper = chosen(overrides).get("hydra/sweeper", "basic")
+    if override.is_interval_sweep() and sweeper != "optuna":
+        raise ValueError(
+            f"{override.input_line} is an interval, and hydra/sweeper={sweeper} takes values: add "
+            "hydra/sweeper=optuna, which samples it, or write the values"
+        )
+
+
+def _bare(override: Override) -> str:
+    return override.get_key_element().lstrip("+~")
+
+
+def _fixed(overrides: list[Override], axes: Axes) -> list[str]:
+    """The words that are the same for all jobs; not the value that an axis starts from."""
+    alike = [o for o in overrides if not o.is_sweep_override() and _bare(o) not in axes]
+    return [str(override.input_line) for override in alike]
+
+
+def words_of(overrides: list[Override], axes: Axes) -> list[str]:
+    """The user's words, with an axis in the place of the value that it starts from."""
+    found = []
     for override in overrides:
-        axes.pop(override.get_key_element(), None)
-        if override.is_sweep_override():
-            axes[override.get_key_element()] = _values(override)
-    return axes
+        starts = not override.is_sweep_override() and _bare(override) in axes
+        axis = f"{_bare(override)}={','.join(axes[_bare(override)])}" if starts else None
+        found.append(axis or str(override.input_line))
+    return found
+
+
+def _runs(overrides: list[Override], axes: Axes) -> list[dict[str, str]] | None:
+    """The swept words of each job; None where only the sweeper knows them."""
+    if chosen(overrides).get("hydra/sweeper") == "optuna" or not all(axes.values()):
+        return None
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
 def _require_stages(composed: DictConfig) -> None:
@@ -108,7 +166,7 @@ def _require_stages(composed: DictConfig) -> None:
 def each_part(overrides: list[Override], axes: Axes) -> Iterator[list[str]]:
     """For each part that an axis names after its first, the words of one job with it: what cannot
     be composed is a mistake, known before any job starts. Other values are composed alike."""
-    fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
+    fixed = _fixed(overrides, axes)
     start = {key: f"{key}={values[0]}" for key, values in axes.items() if values}
     for key, values in axes.items():
         group = key.lstrip("+").partition("@")[0]
@@ -127,7 +185,7 @@ def begun(
         with tempfile.TemporaryDirectory() as away:
             yield None, [_place(Path(away)), *added(overrides)]
         return
-    sweep = _named(overrides, axes, composed).begin()
+    sweep = _named(overrides, axes, composed).begin(_runs(overrides, axes))
     shown = " ".join(f"{key}={','.join(values)}" for key, values in axes.items())
     print(f"sweep {sweep.folder.name}: {shown}", flush=True)
     print(f"maximises {sweep.maximises}; what its jobs do is noted in {sweep.folder}", flush=True)
@@ -139,7 +197,8 @@ def begun(
             "takes turns",
             file=sys.stderr,
         )
-    yield sweep, [_place(sweep.folder), *added(overrides)]
+    own = f"+hydra.job.env_set.{OWN}={_quoted(sweep.own())}"
+    yield sweep, [_place(sweep.folder), own, *added(overrides)]
 
 
 def _named(overrides: list[Override], axes: Axes, composed: DictConfig) -> Sweep:
@@ -149,20 +208,25 @@ def _named(overrides: list[Override], axes: Axes, composed: DictConfig) -> Sweep
     preset, maximises = composed.sweep.name, str(composed.sweep.maximises)
     if preset is not None:
         check_name("sweep.name", preset)
-    fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
     try:
         root = Path(str(composed.output_dir or "outputs")).resolve()
     except OmegaConfBaseException as error:
         raise ValueError(explain(error, [])) from None
-    folder = folder_of(root, check_name("recipe", recipe), preset, list(axes), fixed)
+    others = [key for key in axes if key not in _presets(composed)]
+    fixed = _fixed(overrides, axes)
+    folder = folder_of(root, check_name("recipe", recipe), preset, others, fixed)
     command = shlex.join(["python", "-m", "train", *sys.argv[1:]])
     return Sweep(folder, recipe, preset, maximises, tuple(axes), redacted(command))
 
 
 def _place(folder: Path) -> str:
     """The word that tells Hydra the folder of the sweep."""
-    escaped = str(folder).replace("\\", "\\\\").replace('"', '\\"')
-    return f'hydra.sweep.dir="{escaped}"'
+    return f"hydra.sweep.dir={_quoted(str(folder))}"
+
+
+def _quoted(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def swept(sweep: Sweep | None, run: Callable[[], None]) -> int:

@@ -34,14 +34,19 @@ PLAIN = re.compile(r"[\w.:/+@%,*-]*")  # nothing that a shell or a batch script 
 TOGETHER = ("joblib", "submitit_local")  # launchers whose jobs share this machine
 
 
-def refusal(override: Override) -> str | None:
+def refusal(override: Override, multirun: bool) -> str | None:
     """What is wrong with a word that sets something of Hydra's own; None if nothing is."""
     key, line = str(override.key_or_group), str(override.input_line)
     value = line.partition("=")[2]
     if override.package is not None or override.is_delete():
         return f"{line} would change settings of Hydra itself: leave it out"
-    if key in PLUGINS:
-        return _not_chosen(key, value)
+    wrong = _not_chosen(key, value) if key in PLUGINS else _not_set(key, value, line)
+    if wrong or multirun:
+        return wrong
+    return f"{line} is for the jobs of a sweep, and this command runs one: add -m, or leave it out"
+
+
+def _not_set(key: str, value: str, line: str) -> str | None:
     if "_target_" in line:
         return f"{line} names code; choose a plugin with hydra/sweeper=NAME or hydra/launcher=NAME"
     if not SETTINGS.fullmatch(key):

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from train.compose import inside
 from train.plan import Planned
 from train.processes.lock import Lock
 
+OWN = "DRAFTSMITH_JOBS"  # among Hydra's words for a job: what its own command says (Sweep.own)
 TURN = ".turn"  # in a stage's folder: the job of a sweep whose turn it is to make the stage
 FREE = re.compile(  # words that change no result, or are named elsewhere
     r"(recipe|sweep|output_dir|launch|tracker|hardware|engines|preflight|plan|view|advise|budget"
     r"|hydra)([./@].*)?"
 )
+BAD_INPUT = 2
 STOPPED, PAUSED = (130, 143), 75  # exit codes of a stage that will go on
 LONGEST = 300  # characters of a failed job's sentence
 
@@ -34,7 +36,9 @@ LONGEST = 300  # characters of a failed job's sentence
 @dataclass(frozen=True)
 class Sweep:
     """What sweep.json says. maximises: the number of a stage's result.json that is looked for;
-    axes: the keys that are swept; start: how often the command was started on this folder."""
+    axes: the keys that are swept; command: the one that began the folder; start: how often one
+    was started on it; commands: the different ones; jobs: how many there are, those of earlier
+    starts included, None where only the sweeper knows."""
 
     folder: Path
     recipe: str
@@ -43,30 +47,75 @@ class Sweep:
     axes: tuple[str, ...]
     command: str
     start: int = 1
+    commands: tuple[str, ...] = ()
+    jobs: int | None = None
 
     @classmethod
     def read(cls, folder: Path) -> "Sweep":
         """The sweep of this folder. Raises OSError or ValueError where there is none."""
         note = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-        return cls(folder, **note | {"axes": tuple(note["axes"])})
+        tuples = {key: tuple(note.get(key, ())) for key in ("axes", "commands")}
+        return cls(folder, **note | tuples)
 
-    def begin(self) -> "Sweep":
-        """Writes sweep.json; returns the sweep with the number of this start."""
+    @classmethod
+    def of_job(cls, folder: Path, own: str) -> "Sweep":
+        """The sweep of a job that was given `own()`: what another command has written meanwhile to
+        sweep.json is not its."""
+        told = json.loads(own)
+        return replace(cls.read(folder), **told | {"axes": tuple(told["axes"])})
+
+    def own(self) -> str:
+        """What its jobs are told, in JSON."""
+        return json.dumps({key: getattr(self, key) for key in ("axes", "maximises", "start")})
+
+    def begin(self, runs: list[dict[str, str]] | None = None) -> "Sweep":
+        """Writes sweep.json; returns the sweep with the number of this start. runs: the swept words
+        of each of its jobs, None where they are not known. Notes of jobs that had nothing but bad
+        input are removed, and values of another number than this sweep maximises read anew."""
+        command, start = self.command, 1
+        commands: tuple[str, ...] = (command,)
         try:
-            start = Sweep.read(self.folder).start + 1
+            before = Sweep.read(self.folder)
+            command, start = before.command, before.start + 1
+            commands = tuple(dict.fromkeys([command, *before.commands, self.command]))
         except (OSError, ValueError, TypeError):
-            start = 1
-        begun = Sweep(**vars(self) | {"start": start})
-        self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        there = self._renewed()
+        jobs = None if runs is None else len({*there, *map(self.file_of, runs)})
+        begun = replace(self, command=command, commands=commands, start=start, jobs=jobs)
         write_json(
             self.folder / "sweep.json", {k: v for k, v in asdict(begun).items() if k != "folder"}
         )
         return begun
 
+    def _renewed(self) -> list[Path]:
+        """The notes' files that stay, each with its value as this sweep has it."""
+        stay = []
+        for file in (self.folder / "jobs").glob("*.json"):
+            note = json.loads(file.read_text(encoding="utf-8"))
+            if note["code"] == BAD_INPUT and not note["stages"]:
+                file.unlink(missing_ok=True)
+                continue
+            stay.append(file)
+            if (renewed := self._valued(note)) != note:
+                write_json(file, renewed)
+        return stay
+
+    def _valued(self, note: dict[str, Any]) -> dict[str, Any]:
+        """The note, with a value of another number than this sweep maximises read anew."""
+        if note["code"] != 0 or note.get("maximises") == self.maximises:
+            return note
+        value = _value(note["stages"], self.maximises)
+        return note | {"value": value, "maximises": self.maximises}
+
+    def file_of(self, overrides: dict[str, str]) -> Path:
+        """The note of the job with these swept words."""
+        return self.folder / "jobs" / f"{_hex(sorted(overrides.items()), 12)}.json"
+
     def notes(self) -> list[dict[str, Any]]:
         """What its jobs have left, of all starts, in the order of their numbers."""
         files = (self.folder / "jobs").glob("*.json")
-        found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        found = [self._valued(json.loads(file.read_text(encoding="utf-8"))) for file in files]
         return sorted(found, key=lambda note: (note["start"], note["number"]))
 
     def code(self) -> int:
@@ -78,12 +127,12 @@ class Sweep:
 def folder_of(
     root: Path, recipe: str, preset: str | None, axes: list[str], fixed: list[str]
 ) -> Path:
-    """root/sweeps/<recipe>-<preset>; without a preset <recipe>-<8 hex of the axes>. Other words of
-    the command that can change a result (`fixed`) add their own 8 hex: two sweeps never write the
-    same notes."""
+    """root/sweeps/<recipe>-<preset>, without a preset <recipe>. The axes that are not the preset's
+    own (`axes`) and the other words of the command that can change a result (`fixed`) add 8 hex:
+    two sweeps never write the same notes, and other values of the same axes are added to theirs."""
     kept = sorted(word for word in fixed if not FREE.fullmatch(word.partition("=")[0].lstrip("+~")))
-    parts = [recipe, preset or _hex([*sorted(axes), *kept], 8)]
-    parts += [_hex(kept, 8)] if preset and kept else []
+    apart = [*sorted(axes), *kept]
+    parts = [recipe, *([preset] if preset else []), *([_hex(apart, 8)] if apart else [])]
     return inside(root, "sweeps", "-".join(parts))
 
 
@@ -97,17 +146,19 @@ class Job:
     """One job's note, written when it begins, when its stages are known and when it ends.
 
     A job of the same words writes the same note. code null: at work, interrupted, or paused by
-    halving, with the [tokens, tau] of each rung in `rungs`.
+    halving, with the [tokens, tau] of each rung in `rungs`. The note of a job that was done before
+    stays what it was until this one comes to its end.
     """
 
     def __init__(self, sweep: Sweep, words: list[str], number: int) -> None:
         self.sweep, self.number, self.begun = sweep, number, time.time()
         overrides = swept(words, sweep.axes)
         self.name = " ".join(f"{key}={value}" for key, value in overrides.items()) or "as it is"
-        self.file = sweep.folder / "jobs" / f"{_hex(sorted(overrides.items()), 12)}.json"
+        self.file = sweep.file_of(overrides)
+        self.before = _done(self.file)
         self.note: dict[str, Any] = {"overrides": overrides, "code": None, "error": None}
         self.note |= {"value": None, "stages": {}, "seconds": 0.0, "rungs": []}
-        self.note |= {"start": sweep.start, "number": number}
+        self.note |= {"maximises": sweep.maximises, "start": sweep.start, "number": number}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self._write()
 
@@ -126,8 +177,9 @@ class Job:
 
     def end(self, code: int) -> float | None:
         """Notes how it ended; returns the value that the sweep maximises, None without one."""
-        value = self._value() if code == 0 else None
+        value = _value(self.note["stages"], self.sweep.maximises) if code == 0 else None
         goes_on = code in (*STOPPED, PAUSED)
+        self.before = self.before if goes_on else None
         self.note |= {"code": None if goes_on else code, "value": value, "rungs": self._rungs()}
         if code == 0:
             self.note["error"] = None
@@ -154,14 +206,6 @@ class Job:
     def _tell(self, line: str) -> None:
         print(f"run {self.number}: {line}", flush=True)
 
-    def _value(self) -> float | None:
-        """Of the last stage whose result has it."""
-        for folder in reversed(self.note["stages"].values()):
-            result = json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
-            if self.sweep.maximises in result:
-                return float(result[self.sweep.maximises])
-        return None
-
     def _rungs(self) -> list[tuple[int, float | None]]:
         from train.halving import rungs
 
@@ -170,7 +214,27 @@ class Job:
 
     def _write(self) -> None:
         self.note["seconds"] = round(time.time() - self.begun, 3)
-        write_json(self.file, self.note)
+        new = {key: self.note[key] for key in ("start", "number")}
+        write_json(self.file, self.note if self.before is None else self.before | new)
+
+
+def _done(file: Path) -> dict[str, Any] | None:
+    """The note of a job that has come to its end, None if it has not."""
+    try:
+        note = json.loads(file.read_text(encoding="utf-8"))
+        return note if note["code"] == 0 else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _value(stages: dict[str, str], maximises: str) -> float | None:
+    """Of the last stage whose result has it."""
+    for folder in reversed(stages.values()):
+        file = Path(folder) / "result.json"
+        result = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if maximises in result:
+            return float(result[maximises])
+    return None
 
 
 def told(sweep: Sweep) -> list[str]:
@@ -179,7 +243,9 @@ def told(sweep: Sweep) -> list[str]:
     notes = sweep.notes()
     known = [note for note in notes if note["code"] == 0 and note["value"] is not None]
     known.sort(key=lambda note: -note["value"])
-    lines = [f"\n{sweep.folder.name}: {len(known)} of {len(notes)} jobs measured"]
+    jobs = max(sweep.jobs or 0, len(notes))
+    rest = f", {jobs - len(notes)} not begun" if jobs > len(notes) else ""
+    lines = [f"\n{sweep.folder.name}: {len(known)} of {jobs} jobs measured{rest}"]
     if known:
         lines.append(f"  {sweep.maximises}, best first:")
     lines += [f"  {note['value']:9.4g}  {_words(note)}" for note in known]

@@ -14,11 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.secrets import guard, redacted, refuse
-from train.compose import check_name, resolvers
+from train.compose import check_name, resolvers, unknown
 from train.mistakes import explain
-from train.sweep import STOPPED, Job, Sweep
+from train.sweep import BAD_INPUT, OWN, STOPPED, Job, Sweep
 
-BUG, BAD_INPUT = 1, 2
+BUG = 1
 SWITCHES = ("plan", "view", "advise")  # they train nothing, and leave no note
 
 
@@ -58,13 +58,28 @@ def settled(config: DictConfig, here: HydraConf) -> tuple[str, dict[str, Any]]:
     for switch in SWITCHES:
         if not isinstance(settings[switch], bool):
             raise ValueError(f"{switch} is {settings[switch]!r}; it must be true or false")
-    if any((settings["budget"] or {}).values()) and not settings["advise"]:
+    _check_budget(settings["budget"] or {}, settings["advise"])
+    refuse(settings, "")
+    return check_name("recipe", here.runtime.choices["recipe"]), settings
+
+
+def _check_budget(budget: Any, advise: bool) -> None:
+    """Raises ValueError for a budget that pays nothing, before anything is timed."""
+    names = ("tokens", "minutes")
+    if not isinstance(budget, dict):
+        raise ValueError(f"budget is {budget!r}; expected a mapping: set budget.tokens=NUMBER")
+    for name in budget:
+        if name not in names:
+            raise ValueError(unknown(f"budget.{name}", name, list(names)))
+    if advise:
+        from train.budget import Budget
+
+        Budget(**budget)
+    elif any(value is not None for value in budget.values()):
         raise ValueError(
             "budget is for what advise=true proposes and changes no training: add advise=true, or "
             "set the schedule.tokens of a stage"
         )
-    refuse(settings, "")
-    return check_name("recipe", here.runtime.choices["recipe"]), settings
 
 
 def _runner(settings: dict[str, Any]) -> Callable[[str, dict[str, Any]], tuple[int, float | None]]:
@@ -85,7 +100,8 @@ def _job(config: DictConfig, here: HydraConf) -> float | None:
         name, settings = settled(config, here)
         _runner(settings)(name, settings)
         return None
-    job = Job(Sweep.read(Path(here.sweep.dir)), list(here.overrides.task), here.job.num)
+    sweep = Sweep.of_job(Path(here.sweep.dir), str(here.job.env_set[OWN]))
+    job = Job(sweep, list(here.overrides.task), here.job.num)
     print(f"\n=== run {job.number} of the sweep: {job.name}", flush=True)
     os.environ.update(job.environment())
     code = BUG

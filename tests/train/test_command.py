@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from train.advise import run_advice
 from train.candidates import blueprints_of
 from train.mistakes import quoted
 from train.run import run_recipe
+from train.task import _check_budget
 
 PROMPTLY = 4.0  # seconds of a processor; two are promised
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml"))
@@ -175,6 +177,22 @@ def test_a_value_without_a_meaning_is_one_sentence_of_ours(name: str, monkeypatc
     assert not re.search(r"hydra\.|omegaconf|full_key|object_type|Config\b|Error", shown, re.I)
 
 
+BUDGETS: dict[str, tuple[Any, str]] = {
+    "two": ({"tokens": 5, "minutes": 5}, "give one of both"),
+    "word": ({"tokens": "many", "minutes": None}, "budget.tokens is 'many'; it must be a number"),
+    "nothing": ({"tokens": None, "minutes": 0}, "budget.minutes is 0; it must be a number above 0"),
+    "unknown": ({"token": 5}, "budget.token is not a setting; did you mean 'tokens'"),
+    "mapping": (5, "budget is 5; expected a mapping"),
+}
+
+
+@pytest.mark.parametrize("case", BUDGETS)
+def test_a_budget_that_pays_nothing_is_found_before_anything_is_timed(case: str):
+    budget, said = BUDGETS[case]
+    with pytest.raises(ValueError, match=said):
+        _check_budget(budget, advise=True)
+
+
 C = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
@@ -311,8 +329,9 @@ def test_a_mistake_in_a_sweep_is_found_before_the_first_job(tmp_path: Path):
 
 
 def test_the_configuration_can_be_printed():
-    done = command("recipe=quickstart", "--cfg", "job")
+    done = command("recipe=quickstart", "--cfg", "job", "seed=7")  # words stand anywhere
     assert done.returncode == 0, done.stderr
+    assert "seed: 7\n" in done.stdout
     assert "_target_: train.distill.Distill" in done.stdout
 
 

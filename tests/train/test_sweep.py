@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -30,12 +31,12 @@ from train import plugins
 from train.axes import families, spaced, times
 from train.candidates import count, empty
 from train.compose import refuse_commands, resolvers
-from train.grid import axes_of, base_word
+from train.grid import _named, axes_of, base_word, words_of
 from train.launch import Launch
-from train.plan import plan
+from train.plan import Planned, plan
 from train.processes import lock
 from train.seal import seal
-from train.sweep import Job, Sweep, folder_of
+from train.sweep import Job, Sweep, folder_of, told
 from train.track import Wandb
 
 LR = "stages.finetune.optim.lr"
@@ -155,13 +156,91 @@ def test_who_stops_a_sweep_stops_it_and_goes_on_later(code: int, stages, tmp_pat
     found = notes(tmp_path)
     assert set(found) == {"0.2"}
     assert found["0.2"]["code"] is None
-    assert f"-  {LR}=0.2: not at its end; the same command goes on" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert f"-  {LR}=0.2: not at its end; the same command goes on" in table
+    assert "0 of 2 jobs measured, 1 not begun" in table
     stages.faults.clear()
     before = len(stages.ran)
     assert sweep(tmp_path, f"{LR}=0.2,0.3") == 0
     assert stages.ran[before:] == ["finetune 0.2", "finetune 0.3"]
     assert "2 of 2 jobs measured" in capsys.readouterr().out
     assert {note["start"] for note in notes(tmp_path).values()} == {2}
+
+
+def test_a_job_knows_its_axes_whatever_becomes_of_the_folders_note(stages, tmp_path: Path):
+    """Another command may begin on the same folder meanwhile."""
+
+    def replaced(folder: Path) -> int:
+        (file,) = tmp_path.glob("sweeps/*/sweep.json")
+        note = json.loads(file.read_text("utf-8"))
+        write_json(file, note | {"axes": ["seed"], "maximises": "seconds", "start": 7})
+        return 3
+
+    stages.faults[0.1] = replaced
+    assert sweep(tmp_path, f"{LR}=0.1,0.2") == 3
+    found = notes(tmp_path)
+    assert found["0.2"]["value"] == 1.2
+    assert {note["start"] for note in found.values()} == {1}
+
+
+# ---- notes of several starts
+
+
+@pytest.fixture
+def again(tmp_path: Path) -> Callable[..., Sweep]:
+    """again(of, command): the start of a sweep that maximises `of`; its stage has both numbers."""
+    (tmp_path / "stage").mkdir()
+    write_json(tmp_path / "stage" / "result.json", {"tau_T0": 2, "speedup_T0": 1.5})
+    runs = [{LR: "0.1"}, {LR: "0.2"}]
+
+    def begin(of: str = "tau_T0", command: str = "first") -> Sweep:
+        return Sweep(tmp_path / "sweep", "r", None, of, (LR,), command).begin(runs)
+
+    return begin
+
+
+def a_job(sweep: Sweep, rate: str = "0.1") -> Job:
+    job = Job(sweep, [f"{LR}={rate}"], 0)
+    job.planned([Planned("bench", {}, {}, "", sweep.folder.parent / "stage")])
+    return job
+
+
+def test_values_are_of_the_number_that_is_maximised_now(again):
+    assert a_job(again()).end(0) == 2
+    other = again("speedup_T0", "second")
+    (file,) = other.folder.glob("jobs/*.json")
+    for note in (*other.notes(), json.loads(file.read_text("utf-8"))):
+        assert (note["value"], note["maximises"]) == (1.5, "speedup_T0")
+    assert "sweep: 1 of 2 jobs measured, 1 not begun" in told(other)[0]
+    last = again("speedup_T0", "first")
+    assert (last.command, last.commands, last.start) == ("first", ("first", "second"), 3)
+    assert Sweep.read(last.folder) == last
+    assert last.begin([{LR: "0.3"}]).jobs == 2, "other values are added to what is there"
+    (note,) = replace(last, maximises="tau_T0").notes()  # of a command that is still at work
+    assert note["value"] == 2
+
+
+def test_the_note_of_a_finished_job_stands_until_it_ends_again(again):
+    a_job(again()).end(0)
+    sweep = again()
+    job = a_job(sweep)
+    for end in (None, 75, 130):  # at work, paused by halving, stopped
+        if end:
+            job.end(end)
+        (note,) = sweep.notes()
+        assert (note["code"], note["value"], note["start"]) == (0, 2, 2)
+    a_job(sweep).end(3)
+    (note,) = sweep.notes()
+    assert (note["code"], note["value"]) == (3, None)
+
+
+def test_a_mistake_of_an_earlier_start_is_no_row(again):
+    sweep = again()
+    Job(sweep, [f"{LR}=-1"], 0).end(2)
+    a_job(sweep, "0.2").end(2)  # it had stages: a check of one of them has failed
+    assert len(sweep.notes()) == 2
+    (note,) = again().notes()
+    assert note["overrides"] == {LR: "0.2"}
 
 
 def test_optuna_maximises_and_survives_jobs_that_fail(stages, tmp_path: Path, capsys):
@@ -265,10 +344,8 @@ def known(monkeypatch) -> None:
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_job_of_every_preset_has_a_plan(preset: str, whole: bool, tmp_path: Path):
-    found = axes("recipe=quickstart", f"sweep={preset}")
-    assert (len(found) == 0) == (preset == "light")
-    (key, values), *more = [*found.items()] or [("seed", ["0"])]
-    assert not more
+    own = ["seed=0,1"] if preset == "light" else []
+    ((key, values),) = axes("recipe=quickstart", f"sweep={preset}", *own).items()
     assert preset == "light" or len(set(values)) == len(values) >= 4
     fixed = ["recipe=quickstart", f"output_dir={tmp_path}", f"sweep={preset}"]
     for value in values if whole else values[-1:]:
@@ -328,8 +405,36 @@ def test_a_target_on_the_hub_is_sized_as_configured(monkeypatch):
 def test_the_users_axis_replaces_the_presets():
     own = ["recipe=quickstart", "sweep=lr"]
     assert axes(*own, f"{LR}=1e-4,3e-4") == {LR: ["0.0001", "0.0003"]}
-    assert axes(*own, f"{LR}=1e-4") == {}
     assert set(axes(*own, "seed=1,2")) == {LR, "seed"}
+
+
+@pytest.mark.usefixtures("known")
+def test_one_value_is_the_recipes_own_where_the_preset_starts_from_it():
+    given = ["recipe=quickstart", "sweep=lr", f"{LR}=0.1", "seed=1"]
+    found = axes(*given)
+    assert found == {LR: ["0.025", "0.05", "0.1", "0.2", "0.4"]}
+    words = words_of(command_line._overrides(given), found)
+    assert words == [*given[:2], f"{LR}=0.025,0.05,0.1,0.2,0.4", "seed=1"]
+    assert folder("sweep=lr", f"{LR}=0.1") == folder("sweep=lr") == "quickstart-lr"
+    drafters = axes("recipe=quickstart", "sweep=family", "drafter=eagle")["drafter"]
+    assert drafters[:3] == ["eagle", "lm", "medusa"]
+
+
+def folder(*words: str) -> str:
+    """The name of the folder of a sweep of quickstart."""
+    overrides = command_line._overrides(["recipe=quickstart", *words])
+    base = [word for word in map(base_word, overrides) if word]
+    composed = command_line._composed(base, hydras=True)
+    return _named(overrides, axes_of(overrides, composed), composed).folder.name
+
+
+@pytest.mark.usefixtures("known")
+def test_axes_that_are_not_the_presets_have_a_folder_of_their_own():
+    light, lr = ("sweep=light", f"{LR}=1,2"), ("sweep=lr", f"{LR}=1,2")
+    assert len({folder(*light), folder("sweep=light", "seed=1,2"), folder(*light, "seed=1,2")}) == 3
+    assert folder(*light) == folder("sweep=light", f"{LR}=3,4"), "points are added"
+    assert folder(*lr) == "quickstart-lr"
+    assert folder(*lr, "seed=1,2").startswith("quickstart-lr-")
 
 
 def test_folders_are_apart_where_results_can_be(tmp_path: Path):
@@ -343,8 +448,8 @@ def test_folders_are_apart_where_results_can_be(tmp_path: Path):
         "hydra/launcher=joblib",
         "recipe=ko",
     ]
-    assert name("lr", [LR], *free) == "ko-lr"
-    assert len({name("lr", [LR]), name("lr", [LR], "seed=1"), name("lr", [LR], "seed=2")}) == 3
+    assert name("lr", [], *free) == "ko-lr"
+    assert len({name("lr", x, *y) for x in ([], ["seed"]) for y in ([], ["a=1"], ["a=2"])}) == 6
     assert len({name(None, [LR]), name(None, ["seed"]), name(None, [LR], "seed=2")}) == 3
 
 
@@ -360,6 +465,8 @@ WORDS = {
     "batch script": ("-m hydra.launcher.partition='a\nrm'", "is no plain word, expected a number"),
     "class": ("-m hydra.sweeper={_target_:os.system}", "names code; choose a plugin"),
     "folder": ("-m hydra.sweep.dir=/tmp", "hydra.sweep.dir cannot be set here"),
+    "sweeper of one run": ("hydra/sweeper=halving", "this command runs one: add -m, or leave it"),
+    "setting of one run": ("hydra.sweeper.eta=2", "this command runs one: add -m, or leave it out"),
     "plugin": ("-m hydra/launcher=ray", "hydra/launcher=ray is not known here, expected one of ba"),
     "package": (
         "-m hydra/launcher@hydra.callbacks=joblib",
@@ -387,6 +494,19 @@ MISTAKES = {
     "no lm": ("recipe=quickstart sweep=size drafter=eagle", "this sweep sizes an lm and the recip"),
     "a later part": ("recipe=quickstart drafter=lm,egle", "no drafter 'egle'; did you mean 'eagle"),
     "name": ("recipe=quickstart sweep.name=../x seed=1,2", "sweep.name is '../x'"),
+    "no axis": ("recipe=quickstart sweep=light seed=1", "nothing is swept: give a key several val"),
+    "one value": (
+        "recipe=quickstart sweep=draft_length stages.bench.draft_lengths=[3]",
+        "stages.bench.draft_lengths=[3] replaces the axis of sweep=draft_length: give several val",
+    ),
+    "interval": (
+        f"recipe=quickstart {LR}=interval(1e-4,1e-2)",
+        "is an interval, and hydra/sweeper=basic takes values: add hydra/sweeper=optuna",
+    ),
+    "shown": (
+        f"recipe=quickstart {LR}=1,2 --cfg job",
+        "--cfg shows one configuration, and -m runs several: leave out one of the two",
+    ),
 }
 
 
@@ -412,7 +532,7 @@ def test_a_plugin_that_is_not_installed_is_named_with_its_command(capsys, monkey
     said = (
         "needs hydra-joblib-launcher, which is not installed: .venv/bin/pip install -c constraint"
     )
-    assert said in str(plugins.refusal(override))
+    assert said in str(plugins.refusal(override, multirun=True))
 
 
 @pytest.mark.usefixtures("known")
