@@ -11,16 +11,12 @@ themselves show.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import re
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -30,13 +26,9 @@ from eval.ancestry import benched
 from eval.bootstrap import CONFIDENCE
 from eval.cost import between
 from eval.joint import SPARE, Asked, Interval, Known, Law, expected_tau, fit
+from eval.known import LAWS, alike, known_of, read, settings
 from eval.swept import Run
 
-LAWS = "sweeps/*/report/laws.json"  # in an output folder
-AXES = re.compile(
-    r"seed|sweep\..*|drafter|drafter[.@].*|stages\.\w+\.(drafter\b.*|schedule\.tokens)"
-)
-ENDS = ("low", "high")
 MOST_FIXED = 0.9  # share of the time that drafting leaves as it is, at most
 
 
@@ -137,21 +129,23 @@ def shown(found: Interval, unit: str = "") -> str:
 @dataclass(frozen=True)
 class Forecaster:
     """The law of a target's runs, what rounds cost on this machine (None: not measured here) and
-    where they were measured instead."""
+    where they were measured instead; setting: of the training that is asked about, if known."""
 
     law: Law
     speed: Speed | None
     elsewhere: list[str]
+    setting: tuple[str, str] = ("", "")
 
     @classmethod
-    def of(cls, runs: Sequence[Known], machine: str) -> Forecaster | None:
-        """From runs on one target; of those on different prompts the larger part. None where they
-        are too few."""
-        most = Counter(run.prompts for run in runs).most_common(1)
-        mine = [run for run in runs if run.prompts == most[0][0]]
+    def of(
+        cls, runs: Sequence[Known], machine: str, setting: tuple[str, str] = ("", "")
+    ) -> Forecaster | None:
+        """From runs on one target; of those on different prompts, or trained differently, one part
+        (eval/known.py: alike). None where they are too few."""
+        mine = alike(runs, setting)
         law = fit(mine)
         places = sorted({run.machine for run in mine} - {machine})
-        return Forecaster(law, speed_of(mine, machine), places) if law else None
+        return Forecaster(law, speed_of(mine, machine), places, setting) if law else None
 
     def ask(self, asked: Asked, lengths: Sequence[int] = ()) -> Forecast:
         """With the one of these draft lengths that is fastest (without costs, that is nearest to
@@ -165,9 +159,18 @@ class Forecaster:
             length = max(told, key=lambda n: told[n].value)
             speedup = told[length]
         tau = alpha.through(lambda a: expected_tau(a, length))
-        beyond = self.law.beyond(asked)
+        beyond = self.beyond(asked)
         sweeps = len({run.sweep for run in self.law.runs})
         return Forecast(tau, length, speedup, silent, beyond, len(self.law.runs), sweeps)
+
+    def beyond(self, asked: Asked) -> list[str]:
+        """In what it leaves the runs, in words: axes, and what the law has no term for."""
+        mine = [run.setting for run in self.law.runs if run.of.kind == asked.kind]
+        parts = zip(self.setting, zip(*mine, strict=True), strict=False)
+        other = [bool(part and all(known) and part not in known) for part, known in parts]
+        what = ("loss, learning rate, batch and data", "pretraining and drafter's own values")
+        said = [f"no run has its {w}" for w, o in zip(what, other, strict=False) if o]
+        return self.law.beyond(asked) + said
 
     def _silent(self) -> str:
         if self.speed or not self.elsewhere:
@@ -175,88 +178,21 @@ class Forecaster:
         return f"the speedup not known here: measured on {' and '.join(self.elsewhere)}"
 
 
-def read(root: Path, target: str) -> list[Known]:
-    """The runs of all sweeps of an output folder on the target with this hash of its contents, at
-    temperature 0 and batch 1, each measurement once; ValueError for a report that is broken.
-
-    Left out are runs that drafted trees, and those of sweeps over what is no term of the law (a
-    learning rate, a loss): they would make the law's scatter theirs.
-    """
-    found: dict[str, Known] = {}
-    for file in sorted(root.glob(LAWS)):
-        try:
-            told = json.loads(file.read_text(encoding="utf-8"))
-            rows = told["runs"] if told["target"] == target else []
-            runs = [_known(row, file.parents[1].name) for row in rows if _fits(row)]
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(
-                f"{file} is not the report of a sweep ({error!r}): write it anew with "
-                f"`python -m eval.sweep {file.parents[1]}`"
-            ) from None
-        for run in filter(None, runs):
-            found.setdefault(run.bench, run)
-    return list(found.values())
-
-
-def _fits(row: dict[str, Any]) -> bool:
-    """Whether a run was measured, drafted chains, and differs from others in the law's terms."""
-    chain = str(row["draft_shape"]).startswith("chain")
-    axes = all(AXES.fullmatch(key) for key in row["overrides"])
-    return row["code"] == 0 and chain and axes and bool(row["bench"])
-
-
-def _known(row: dict[str, Any], sweep: str) -> Known | None:
-    """A run as laws.json has it; None where that cell was not measured."""
-    tau, speedup = (_cell(row[name]) for name in ("tau", "speedup"))
-    if tau is None or not row["trained"]:
-        return None
-    own, *before = row["trained"].values()
-    depth = row["depth"] if row["family"] == "lm" else None  # a set of heads is as deep as it is
-    costs, said, length = row["costs"], row["conditions"], row["draft_length"]
-    return Known(
-        of=Asked(row["family"], row["parameters"], own, depth, sum(before)),
-        sweep=sweep,
-        bench=row["bench"],
-        prompts=f"{said['prompts']}, {said['max_new_tokens']} tokens",
-        length=length,
-        tau=tau,
-        speedup=speedup,
-        token=costs["draft_ms"] / length if costs else None,
-        verify={int(m): ms for m, ms in costs.get("verify_ms", {}).items()},
-        overhead=costs.get("overhead_ms", 0.0),
-        rate=row["train_tokens_per_second"],
-        machine=machine(said["machine"], said["threads"]),
-    )
-
-
-def machine(name: str, threads: int) -> str:
-    """What times hold for: the processor with the GPUs, if any, and the threads."""
-    return f"{name}, {threads} threads"
-
-
-def _cell(cells: list[dict[str, Any]]) -> Interval | None:
-    """At temperature 0 and batch 1; without an interval of its own, a point."""
-    for cell in cells:
-        if (cell["temperature"], cell["batch"]) == (0, 1):
-            value = cell["value"]
-            return Interval(value, *(value if cell[k] is None else cell[k] for k in ENDS))
-    return None
-
-
-def positions(schedule: dict[str, Any]) -> int:
-    """Whole steps of a configured training, in packed positions."""
-    return int(schedule["tokens"]) // int(schedule["batch_tokens"]) * int(schedule["batch_tokens"])
-
-
 def compared(root: Path, stages: Sequence[Path]) -> list[str]:
     """Two lines for each bench stage: what other runs on its target and prompts predict,
-    and what it measured. ValueError for a folder that is no bench stage."""
+    and what it measured. ValueError for a folder that is no bench stage, or without reports of
+    sweeps, and where nothing can be predicted."""
+    if not any(root.glob(LAWS)):
+        raise ValueError(
+            f"{root} has no {LAWS}: give the OUTPUT_DIR of sweeps whose reports "
+            "`python -m eval.sweep FOLDER` has written"
+        )
     left = {stage.resolve().name: measurement(stage.resolve()) for stage in stages}
     lines = []
     for name, (target, known) in left.items():
         rest = [run for run in read(root, target) if run.bench not in left]
         rest = [run for run in rest if run.prompts == known.prompts]
-        forecaster = Forecaster.of(rest, known.machine)
+        forecaster = Forecaster.of(rest, known.machine, known.setting)
         try:
             if forecaster is None:
                 raise ValueError(f"{len(rest)} other runs on its prompts are too few for a law")
@@ -264,6 +200,8 @@ def compared(root: Path, stages: Sequence[Path]) -> list[str]:
             lines += [f"{name}: {found}", f"  measured: {measured(known, found)}"]
         except ValueError as error:
             lines += [f"{name}: no prediction: {error}"]
+    if len(lines) == len(left):
+        raise ValueError("\n".join(lines))
     return lines
 
 
@@ -286,15 +224,15 @@ def measurement(stage: Path) -> tuple[str, Known]:
     if not (stage / "artifact" / "report.json").is_file():
         raise ValueError(f"{stage} is no folder of a bench stage: it has no artifact/report.json")
     try:
-        row = Run(stage.name, {}, code=0, **benched(stage, stage.parent)).told()
+        run = Run(stage.name, {}, code=0, **benched(stage, stage.parent))
+        known = known_of(run.told() | {"setting": settings(run.held)}, "")
     except KeyError as error:
         raise ValueError(f"{stage} was measured by an earlier version: no {error}") from None
-    known = _known(row, "") if _fits(row) else None
-    if known is None:
+    if known is None or run.target is None:
         raise ValueError(
             f"{stage} measured no chains of a drafter trained here, at T=0 and batch 1"
         )
-    return row["target"], known
+    return run.target, known
 
 
 def main(arguments: list[str]) -> int:
@@ -303,7 +241,7 @@ def main(arguments: list[str]) -> int:
         prog="python -m eval.forecast",
         description="Predicts drafters from the sweeps' other runs on their target, and prints "
         "what was measured beside it.",
-        epilog="Exit codes: 0 compared, 2 refused (no bench, no law).",
+        epilog="Exit codes: 0 compared, 2 refused (no bench, no report, nothing to predict from).",
     )
     parser.add_argument("root", type=Path, metavar="OUTPUT_DIR", help="the folder with sweeps/")
     said = "the folder of a bench stage; it is left out of the law"

@@ -67,7 +67,8 @@ class Known:
 
     bench: the name of its stage's folder; prompts: what it was asked, and how long answers may be;
     length: of its chain; token: milliseconds of a drafted token; verify: v by m, and overhead,
-    milliseconds; rate: training tokens a second; machine: what the times hold for.
+    milliseconds; rate: training tokens a second; machine: what the times hold for; setting: what
+    the law has no term for (eval/known.py).
     """
 
     of: Asked
@@ -82,6 +83,7 @@ class Known:
     overhead: float
     rate: float | None
     machine: str
+    setting: tuple[str, str] = ("", "")
 
     @property
     def decoding(self) -> float:
@@ -232,7 +234,7 @@ class Law:
             factor = self._off(term, asked)
             if factor > BEYOND:
                 verb = "is" if term == "depth" else "are"
-                low = getattr(asked, term) < min(getattr(r.of, term) or 1 for r in self.runs)
+                low = getattr(asked, term) < min(self._measured(term, asked))
                 what = "below" if low else "beyond"
                 found.append(f"{term} {verb} {factor:.1f}x {what} what was measured")
         return found
@@ -241,10 +243,13 @@ class Law:
         """The factor by which it leaves the runs' range; 1 within."""
         if term == "depth" and asked.depth is None:
             return 1.0
-        there = [r.of for r in self.runs if term != "depth" or r.of.kind == asked.kind]
-        known = [getattr(of, term) for of in there]
-        value = getattr(asked, term)
+        known, value = self._measured(term, asked), getattr(asked, term)
         return float(max(value / max(known), min(known) / value, 1.0))
+
+    def _measured(self, term: str, asked: Asked) -> list[float]:
+        """The runs' values; depths are of its kind alone, since heads have none."""
+        there = [r.of for r in self.runs if term != "depth" or r.of.kind == asked.kind]
+        return [getattr(of, term) for of in there]
 
     def _row(self, asked: Asked) -> Array:
         return _row(asked, self.kinds, self.terms)

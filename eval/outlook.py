@@ -13,7 +13,7 @@ import numpy as np
 
 from eval.advise import Candidate
 from eval.cost import between
-from eval.forecast import shown
+from eval.forecast import Forecaster, shown
 from eval.joint import Array, Asked, Interval, Law, expected_tau
 
 DRAWS = 4000
@@ -45,13 +45,14 @@ class Outlook:
 
 
 def outlooks(
-    law: Law, candidates: Mapping[str, Candidate], asked: Mapping[str, Asked]
+    forecaster: Forecaster, candidates: Mapping[str, Candidate], asked: Mapping[str, Asked]
 ) -> list[Outlook]:
-    """Those of which the law says something, the fastest first.
+    """Those of which its law says something, the fastest first.
 
     Intervals are of draws that all candidates share (Line.draws), and so is the difference to the
     first one: where its 95 % interval holds 0, the candidate is a rival.
     """
+    law = forecaster.law
     names = [name for name in candidates if name in asked and not law.unknown(asked[name])]
     if not names:
         return []
@@ -65,7 +66,7 @@ def outlooks(
         low, high = np.quantile(drawn[name], EDGES)
         per_second = Interval(float(each(np.array(alpha.value))), float(low), float(high))
         speedup = Interval(*(tokens * mine.plain / 1000 for tokens in per_second))
-        beyond = law.beyond(asked[name])
+        beyond = forecaster.beyond(asked[name])
         found.append(Outlook(name, asked[name], alpha, length, per_second, speedup, beyond))
     found.sort(key=lambda outlook: -outlook.per_second.value)
     best = drawn[found[0].name]

@@ -17,6 +17,7 @@ from pathlib import Path
 from drafters.base import write_json
 from eval import sweep_charts, sweep_page
 from eval.charts import Chart
+from eval.known import settings
 from eval.laws import Law
 from eval.markdown import Said, Section, render
 from eval.page import POLICY, STYLE, definitions_of, opening_of, section_of
@@ -47,7 +48,7 @@ def told(sweep: Sweep, laws: list[Law]) -> dict[str, object]:
         "target": best.target if best else None,
         "conditions": best.conditions if best else {},
         "laws": [law.told() for law in laws],
-        "runs": [run.told() for run in sweep.runs],
+        "runs": [run.told() | {"setting": settings(run.held)} for run in sweep.runs],
     }
 
 

@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -15,10 +15,11 @@ from decoding.target import Shape, Target
 from drafters.base import Blueprint
 from drafters.lm import LM
 from eval.advise import Advice, Candidate
-from eval.forecast import Forecaster, machine, positions, read
+from eval.forecast import Forecaster
 from eval.joint import Asked, Known, Law
+from eval.known import flat, machine, positions, read, settings
 from eval.outlook import Proposal, outlooks
-from train.candidates import around, count, depth_and_width, empty
+from train.candidates import around, count, depth_and_width, empty, key
 from train.compose import build
 from train.distill import Distill
 from train.estimate import estimate, learner_of
@@ -83,6 +84,19 @@ def chain_of(stages: Sequence[Planned], last: Planned) -> list[Planned]:
     return found
 
 
+def setting_of(stages: Sequence[Planned], bench: Planned) -> tuple[str, str]:
+    """What the law has no term for (eval/known.py), of the drafter that this bench measures."""
+    return settings(dict(_held(bench, "", {stage.name: stage for stage in stages})))
+
+
+def _held(stage: Planned, role: str, by_name: dict[str, Planned]) -> Iterator[tuple[str, str]]:
+    """As `eval.swept.Run.held`, of stages that need not have run."""
+    yield from flat(stage.config, role)
+    for name, source in stage.needs.items():
+        if source in by_name:
+            yield from _held(by_name[source], f"{role}{name}.", by_name)
+
+
 def asked_of(chain: Sequence[Planned], shape: Shape) -> Asked:
     """The drafter that these trainings will leave. OSError where its sizes are not at hand."""
     blueprint: Any = build(chain[0].config["drafter"])
@@ -106,8 +120,8 @@ def _family(blueprint: Blueprint) -> str:
 @dataclass(frozen=True)
 class Purse:
     """A budget in a recipe: its trainings (latest first), the runs of sweeps on its target, what
-    their times must have been measured on, the target's shape, and seconds of what has to be
-    generated first."""
+    their times must have been measured on, the target's shape, seconds of what has to be generated
+    first, and the setting of its last training (eval/known.py)."""
 
     budget: Budget
     chain: list[Planned]
@@ -115,6 +129,7 @@ class Purse:
     machine: str
     shape: Shape
     first: float = 0.0
+    setting: str = ""
 
     def allows(self, blueprint: Blueprint) -> Asked:
         """The drafter after the training that the budget pays. ValueError where it pays none."""
@@ -122,20 +137,34 @@ class Purse:
         asked = asked_for(blueprint, self.shape, 1, self._before(blueprint))
         if not self.budget:
             return replace(asked, tokens=positions(schedule))
+        ahead = self._ahead(blueprint) if asked.before else []
+        before = sum(positions(stage.config["schedule"]) for stage in ahead)
         if self.budget.minutes is None:
-            whole = float(self.budget.tokens or 0)
+            whole = float(self.budget.tokens or 0) - before
         else:
-            seconds = 60 * self.budget.minutes - self.first
-            whole = max(seconds, 0.0) * self._rate(blueprint, asked)
+            spent = self.first + sum(self._seconds(stage) for stage in ahead)
+            seconds = max(60 * self.budget.minutes - spent, 0.0)
+            whole = seconds * self._rate(blueprint, asked)
         step = int(schedule["batch_tokens"])
-        tokens = int(whole - asked.before) // step * step
+        tokens = int(whole) // step * step
         if tokens < step:
-            needs = f"{asked.before:,} tokens of pretraining and " if asked.before else ""
+            needs = f"{before:,} tokens of pretraining and " if before else ""
             raise ValueError(
                 f"{self.budget} pay no training: it takes {needs}a step of {step:,} tokens"
                 + (f" after {self.first / 60:.1f} minutes of generating" if self.first else "")
             )
         return replace(asked, tokens=tokens)
+
+    def _ahead(self, blueprint: Blueprint) -> list[Planned]:
+        """The pretraining to do for this drafter: none that the recipe's own has done already."""
+        return [
+            _training(stage, blueprint)
+            for stage in self.chain[1:]
+            if not (stage.done and key(build(stage.config["drafter"])) == key(blueprint))
+        ]
+
+    def _seconds(self, stage: Planned) -> float:
+        return fmean(estimate(stage, self.shape).seconds or (0.0,))
 
     def words(self, blueprint: Blueprint, known: str, asked: Asked, length: int) -> list[str]:
         """What the command says of this drafter besides its recipe; `known`: the part of
@@ -163,10 +192,7 @@ class Purse:
     def _rate(self, blueprint: Blueprint, asked: Asked) -> float:
         """Training tokens a second: of the measured run of its family that is nearest in size, by
         the operations of a token; without one, as the plan estimates them."""
-        config = {"_target_": f"{blueprint.cls.__module__}.{blueprint.cls.__name__}"}
-        stage = replace(
-            self.chain[0], config=self.chain[0].config | {"drafter": config | blueprint.arguments}
-        )
+        stage = _training(self.chain[0], blueprint)
         made = build(stage.config)
         assert isinstance(made, Distill), "the chain holds trainings alone"
         learner = learner_of(stage, made, self.shape, 1)
@@ -182,6 +208,12 @@ class Purse:
         return (found.tokens or 0) / found.seconds[1]
 
 
+def _training(stage: Planned, blueprint: Blueprint) -> Planned:
+    """The stage with this drafter."""
+    config = {"_target_": f"{blueprint.cls.__module__}.{blueprint.cls.__name__}"}
+    return replace(stage, config=stage.config | {"drafter": config | blueprint.arguments})
+
+
 def purse_of(budget: Budget, stages: Sequence[Planned], model: Target, root: Path) -> Purse:
     """The budget with what the recipe and the sweeps in `root` say of its trainings."""
     last = [s for s in stages if s.config["_target_"] == DISTILL][-1]
@@ -189,7 +221,9 @@ def purse_of(budget: Budget, stages: Sequence[Planned], model: Target, root: Pat
     runs, first = read(root, str(model.revision)), 0.0
     for stage in ahead if budget.minutes else []:
         first += fmean(estimate(stage, model.shape).seconds or (0.0,))
-    return Purse(budget, chain_of(stages, last), runs, here(), model.shape, first)
+    mine = [s for s in stages if s.needs.get("drafter") == last.name]
+    setting = setting_of(stages, mine[-1])[0] if mine else ""
+    return Purse(budget, chain_of(stages, last), runs, here(), model.shape, first, setting)
 
 
 Timer = Callable[[dict[str, Blueprint]], list[Candidate]]
@@ -200,7 +234,7 @@ def propose(
 ) -> Proposal:
     """The candidates after the trainings that the purse pays, best first; with a budget also the
     small models next to the best of them. ValueError where it pays none."""
-    forecaster = Forecaster.of(purse.runs, purse.machine)
+    forecaster = Forecaster.of(purse.runs, purse.machine, (purse.setting, ""))
     budget, sweep = (str(purse.budget) if purse.budget else ""), command(name, [], "-m")
     if forecaster is None:
         few = f"{len(purse.runs)} runs of sweeps on this target are too few for a law"
@@ -208,14 +242,14 @@ def propose(
         return Proposal(budget, None, why, [], sweep=sweep)
     law, timed = forecaster.law, {c.name: c for c in advice.candidates}
     asked, unknown = _after(purse, law, {each: blueprints[each] for each in timed})
-    found = outlooks(law, timed, asked)
+    found = outlooks(forecaster, timed, asked)
     best = next((o for o in found if o.asked.family == "lm"), None)
     if purse.budget and best:
         near = dict(around(blueprints[best.name], purse.shape))
         new, _ = _after(purse, law, {n: b for n, b in near.items() if n not in timed})
         more = {c.name: c for c in time({n: near[n] for n in new})}
         blueprints = near | blueprints
-        found = outlooks(law, timed | more, asked | new)
+        found = outlooks(forecaster, timed | more, asked | new)
     if not found:
         return Proposal(budget, None, "; ".join(unknown), [], sweep=sweep)
     chosen = found[0]
@@ -255,6 +289,6 @@ def command(name: str, words: Sequence[str], *switches: str) -> str:
 
 
 def here() -> str:
-    """What times that are measured on this machine hold for (eval/forecast.py: machine)."""
+    """What times that are measured on this machine hold for (eval/known.py: machine)."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return machine(", ".join([processor(), *gpus]), torch.get_num_threads())

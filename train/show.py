@@ -7,10 +7,11 @@ import torch
 
 from decoding.pretrained import contents_hash
 from decoding.target import Shape
-from eval.forecast import LAWS, Forecaster, measured, measurement, read
+from eval.forecast import Forecaster, measured, measurement
 from eval.joint import Known
+from eval.known import LAWS, read, untold
 from train.base import BaseTarget
-from train.budget import asked_of, chain_of, here
+from train.budget import asked_of, chain_of, here, setting_of
 from train.candidates import empty
 from train.compose import bind, build
 from train.distill import Distill
@@ -73,15 +74,17 @@ def forecast(
     config: dict[str, Any], stages: list[Planned], root: Path, shape: Shape | None
 ) -> list[str]:
     """What earlier sweeps on the recipe's target say of its drafter, a line for each bench, and of
-    those that are done what was measured; [] where there are none."""
+    those that are done what was measured; a line for sweeps without a report; [] without either."""
     benches = [s for s in stages if s.config["_target_"] == BENCH and chain_of(stages, s)]
-    if shape is None or not benches or not any(root.glob(LAWS)):
+    if shape is None or not benches:
         return []
+    lines = [f"\n  {line}\n" for line in untold(root)]
+    if not any(root.glob(LAWS)):
+        return lines
     mark = _mark(config, stages)
     runs = read(root, mark) if mark else []
     hardware = config.get("hardware")
     place = build(hardware).name if hardware else here()
-    lines = []
     for bench in benches:
         line = _forecast(bench, stages, shape, runs, place)
         lines += [f"\n  {bench.name}: {line}\n"] if runs else []
@@ -99,7 +102,7 @@ def _forecast(
     rest = [run for run in runs if run.bench != bench.folder.name]
     if known:
         rest = [run for run in rest if run.prompts == known.prompts]
-    forecaster = Forecaster.of(rest, place)
+    forecaster = Forecaster.of(rest, place, setting_of(stages, bench))
     if forecaster is None:
         return f"no prediction: {len(rest)} runs of sweeps on this target are too few for a law"
     chain = chain_of(stages, bench)

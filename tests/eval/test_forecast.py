@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval.forecast import Forecaster, read, speed_of
+from eval.forecast import Forecaster, speed_of
 from eval.joint import Asked, Interval, Known, Law, alpha_of, expected_tau, fit
+from eval.known import read, settings
 from tests.eval.reported import write_laws
 
 SLOPE, SIZE = 0.4, 0.3  # of tau, a tenfold of tokens and of parameters
@@ -163,6 +164,12 @@ def test_what_lies_beyond_the_runs_is_said():
         "tokens are 4.0x beyond what was measured",
         "parameters are 3.0x below what was measured",
     ]
+    deep = [replace(asked(tokens=t), depth=d) for t in (1e5, 1e6, 1e7) for d in (4, 6, 8)]
+    law = law_of([*map(known, deep), *(known(asked("eagle", t)) for t in (1e5, 1e6))])
+    said = law.beyond(replace(asked(), depth=2))  # heads have no depth, so none of theirs counts
+    assert said == ["depth is 2.0x below what was measured"]
+    assert law.beyond(replace(asked(), depth=16)) == ["depth is 2.0x beyond what was measured"]
+    law = law_of([known(each) for each in GRID])
     near = law.tau(asked(tokens=3e6))
     far = law.tau(asked(tokens=3e8))
     assert far.high - far.low >= near.high - near.low
@@ -303,6 +310,60 @@ def test_prompts_are_not_mixed():
     assert found is not None
     assert found.law.tau(asked()).value == pytest.approx(true_tau(asked()))
     assert Forecaster.of([], MACHINE) is None
+
+
+HELD = {
+    **{"limit": "64", "drafter.schedule.tokens": "4096", "drafter.optim.lr": "0.001"},
+    **{"drafter.objective._target_": '"CE"', "drafter.data.limit": "60", "typical": "null"},
+    **{"drafter.drafter.width": "64", "drafter.drafter.checkpoint": "null"},
+    "drafter.drafter.schedule.tokens": "9000",  # of the pretraining, as those below
+    **{"drafter.drafter.optim.lr": "0.1", "drafter.drafter.drafter.width": "64"},
+    **{"drafter.target.path": '"a"', "drafter.data.target.path": '"a"', "data.limit": "60"},
+}
+SAME = ("limit", "schedule.tokens", "drafter.width", "target.path")
+
+
+@pytest.mark.parametrize("key", HELD)
+def test_a_setting_is_of_what_the_law_has_no_term_for(key: str):
+    last, own = settings(HELD)
+    changed = settings(HELD | {key: "7"})
+    if key in ("limit", "data.limit") or key.endswith(SAME[1:]):
+        assert changed == (last, own)
+    elif key.startswith("drafter.drafter."):
+        assert changed[0] == last
+        assert changed[1] != own
+    else:
+        assert changed[0] != last
+        assert changed[1] == own
+    without = {k: v for k, v in HELD.items() if v != "null"}  # heads have no such keys
+    assert settings(without) == (last, own)
+
+
+def test_runs_of_another_setting_are_in_another_law():
+    """A tenth of the learning rate is no scatter of the law."""
+    runs = [replace(known(each), setting=("a", "x")) for each in GRID]
+    slow = [replace(known(each, off=-0.5), setting=("b", "x")) for each in GRID[:7]]
+    commonest, its_own, nobodys = (
+        Forecaster.of([*slow, *runs], MACHINE, setting)
+        for setting in (("", ""), ("b", "x"), ("c", "x"))
+    )
+    assert commonest
+    assert its_own
+    assert nobodys
+    for found, off in ((commonest, 0.0), (its_own, -0.5), (nobodys, 0.0)):
+        assert found.law.tau(asked()).value == pytest.approx(true_tau(asked()) + off)
+    assert its_own.beyond(asked()) == []
+    assert nobodys.beyond(asked()) == ["no run has its loss, learning rate, batch and data"]
+    # a family's own values part its runs alone
+    other = [
+        replace(known(asked("eagle", t), off=1.0), setting=("a", "y")) for t in (1e5, 1e6, 2e6)
+    ]
+    both = Forecaster.of([*runs, *other], MACHINE, ("a", "x"))
+    assert both
+    assert both.law.tau(asked("eagle")).value == pytest.approx(true_tau(asked("eagle")))
+    most = Forecaster.of([*runs, *other], MACHINE)
+    assert most
+    assert len(most.law.runs) == 7 + 3
 
 
 def test_the_sentence():

@@ -17,14 +17,14 @@ from drafters.lm import LM
 from drafters.medusa import Medusa
 from eval.advise import Advice, Candidate, free
 from eval.cost import between
-from eval.forecast import Forecaster, compared, measurement
+from eval.forecast import Forecaster, compared, main, measurement
 from eval.joint import Asked, Interval, Known, expected_tau
 from eval.joint import alpha_of as acceptance
 from tests.eval.reported import write_laws
 from tests.train.composing import ROOT
 from train import budget
 from train.advise import render
-from train.budget import Budget, Purse, chain_of, command, here, propose
+from train.budget import Budget, Purse, chain_of, command, here, propose, setting_of
 from train.candidates import count, empty
 from train.passes import Estimate
 from train.plan import Planned
@@ -127,19 +127,20 @@ def test_tokens_pay_pretraining_first_and_then_whole_steps():
     assert (plain.tokens, plain.before) == (53_000, 0)  # it was measured without pretraining alone
 
 
-def test_minutes_pay_by_the_measured_speed_of_a_drafter_of_that_size():
-    """500 tokens a second at 128 wide, and as many fewer as a token has operations."""
+def test_minutes_pay_by_the_measured_speed_of_a_drafter_of_that_size(monkeypatch):
+    """500 tokens a second at 128 wide, and as many fewer as a token has operations; pretraining
+    by its own estimate."""
+    told = Estimate("", tokens=20_000, seconds=(30.0, 50.0))
+    monkeypatch.setattr(budget, "estimate", lambda *a, **k: told)
     minutes = Budget(minutes=2.0)
-    assert purse(minutes).allows(blueprint()).tokens == 120 * 500 - 20_000
-    assert purse(minutes, first=30.0).allows(blueprint()).tokens == 90 * 500 - 20_000
+    assert purse(minutes).allows(blueprint()).tokens == (120 - 40) * 500
+    assert purse(minutes, first=30.0).allows(blueprint()).tokens == (90 - 40) * 500
     large = purse(minutes)
     large = replace(large, runs=[run for run in large.runs if run.of.parameters == size()])
     rate = 500 * size() / size(2, 256)
-    due = int(120 * rate - 20_000) // STEP * STEP
-    with pytest.raises(ValueError, match="2 minutes pay no training"):
-        large.allows(blueprint(2, 256))
-    more = replace(large, budget=Budget(minutes=8.0)).allows(blueprint(2, 256))
-    assert due < 0 < more.tokens == int(480 * rate - 20_000) // STEP * STEP
+    assert large.allows(blueprint(2, 256)).tokens == int(80 * rate) // STEP * STEP
+    with pytest.raises(ValueError, match=r"0\.67 minutes pay no training"):
+        replace(large, budget=Budget(minutes=0.67)).allows(blueprint(2, 256))
     with pytest.raises(ValueError, match=r"after 3\.0 minutes of generating"):
         purse(minutes, first=180.0).allows(blueprint())
 
@@ -148,7 +149,24 @@ def test_without_a_run_on_this_machine_minutes_go_by_the_plans_estimate(monkeypa
     told = Estimate("", tokens=10_000, seconds=(100.0, 100.0))
     monkeypatch.setattr(budget, "estimate", lambda *a, **k: told)
     found = purse(Budget(minutes=10.0), machine="another, 64 threads")
-    assert found.allows(blueprint()).tokens == 600 * 100 - 20_000
+    assert found.allows(blueprint()).tokens == (600 - 100) * 100
+
+
+@pytest.mark.parametrize("given", [{"tokens": 40_000}, {"minutes": 2.0}], ids=["tokens", "minutes"])
+def test_pretraining_that_is_done_costs_nothing(given, tmp_path: Path, monkeypatch):
+    """That of this drafter: another's is still to do."""
+    told = Estimate("", tokens=20_000, seconds=(40.0, 40.0))
+    monkeypatch.setattr(budget, "estimate", lambda *a, **k: told)
+    stages = trainings(tmp_path)
+    stages[0].folder.mkdir(parents=True)
+    (stages[0].folder / "DONE").touch()
+    chain = chain_of(stages, stages[-1])
+    found = Purse(Budget(**given), chain, runs(), here(), SHAPE)
+    own, other = found.allows(blueprint()), found.allows(blueprint(1, 256))
+    assert (own.before, other.before) == (20_000, 20_000)
+    minutes = "minutes" in given
+    assert own.tokens == (60_000 if minutes else 40_000)
+    assert other.tokens == (40_000 if minutes else 20_000)  # a run of its size has the same rate
 
 
 def candidate(name: str, token: float, layers: int, width: int) -> Candidate:
@@ -332,14 +350,12 @@ def test_a_plan_says_why_it_predicts_nothing(tmp_path: Path, target: Path):
 
 def measured_bench(root: Path, known_: Known, target: Path) -> Path:
     """The folders of a bench and its trainings, as the stages leave them."""
-    for name, needs in (("pretrain", None), ("finetune", "pretrain"), ("bench", "finetune")):
-        folder = root / "stages" / f"{name}-0"
-        (folder / "artifact").mkdir(parents=True)
-        tokens = {"pretrain": 20_000, "finetune": 10_000}.get(name)
-        schedule = {"schedule": {"tokens": tokens, "batch_tokens": STEP}} if tokens else {}
-        inputs = {"drafter": str(root / "stages" / f"{needs}-0" / "artifact")} if needs else {}
-        note = {"name": name, "config": {"prompts": {}, **schedule}, "inputs": inputs}
-        (folder / "stage.json").write_text(json.dumps(note))
+    for made in trainings(root):
+        (made.folder / "artifact").mkdir(parents=True)
+        places = {k: root / "stages" / f"{v}-0" / "artifact" for k, v in made.needs.items()}
+        inputs = {name: str(place) for name, place in places.items()}
+        note = {"name": made.name, "config": {"prompts": {}, **made.config}, "inputs": inputs}
+        (made.folder / "stage.json").write_text(json.dumps(note))
     shape = {"num_hidden_layers": 1, "hidden_size": 128}
     (root / "stages" / "finetune-0" / "artifact" / "config.json").write_text(json.dumps(shape))
     cell = {"arm": "drafter", "temperature": 0.0, "batch": 1, "draft_ms_per_token": {"value": 1.0}}
@@ -363,6 +379,7 @@ def test_what_was_measured_stands_beside_what_the_other_runs_predict(tmp_path: P
     bench = measured_bench(tmp_path, known(of, off=0.3), target)
     _, mine = measurement(bench)
     assert mine.of == of
+    assert mine.setting == setting_of(trainings(tmp_path), trainings(tmp_path)[-1])
     others = [replace(run, prompts=mine.prompts, machine=mine.machine) for run in runs()]
     others = [run for run in others if run.of != of]
     swept(tmp_path, target, [*others, replace(mine, verify=VERIFY, token=0.3, rate=1.0)])
@@ -374,3 +391,57 @@ def test_what_was_measured_stands_beside_what_the_other_runs_predict(tmp_path: P
     assert "\n    measured: tau 2.30" in line
     with pytest.raises(ValueError, match="is no folder of a bench stage"):
         compared(tmp_path, [tmp_path])
+
+
+def test_a_comparison_without_anything_to_predict_from_is_refused(
+    tmp_path: Path, target: Path, capsys
+):
+    of = Asked("lm", size(), 10_000, 1, 20_000)
+    bench = measured_bench(tmp_path, known(of), target)
+    assert main([str(tmp_path / "nowhere"), str(bench)]) == 2
+    assert (
+        "nowhere has no sweeps/*/report/laws.json: give the OUTPUT_DIR" in capsys.readouterr().err
+    )
+    mine = measurement(bench)[1]
+    others = [replace(run, prompts=mine.prompts) for run in runs()]
+    swept(tmp_path, target, others[:3])
+    assert main([str(tmp_path), str(bench)]) == 2
+    assert "no prediction: 3 other runs" in capsys.readouterr().err
+    write_laws(tmp_path, "more", others[3:], target=contents_hash(target))
+    assert main([str(tmp_path), str(bench)]) == 0
+
+
+def test_a_plan_names_the_sweeps_that_no_report_tells(tmp_path: Path, target: Path):
+    folder = tmp_path / "sweeps" / "ko-tokens"
+    (folder / "jobs").mkdir(parents=True)
+    (folder / "sweep.json").write_text(json.dumps({"axes": ["stages.finetune.schedule.tokens"]}))
+    place = tmp_path / "stages" / "bench-1"
+    (place / "artifact").mkdir(parents=True)
+    (place / "artifact" / "report.json").write_text("{}")
+    job = {"code": 0, "stages": {"bench": str(place)}}
+    asked_ = (settings(target), trainings(tmp_path), tmp_path, SHAPE)
+    assert forecast(*asked_) == []  # no job has ended
+    (folder / "jobs" / "1.json").write_text(json.dumps(job))
+    (line,) = forecast(*asked_)
+    assert "sweeps/ko-tokens has no report yet, or an older one: python -m eval.sweep " in line
+    (folder / "sweep.json").write_text(json.dumps({"axes": ["stages.finetune.optim.lr"]}))
+    assert forecast(*asked_) == []  # of no use to a plan
+    (folder / "sweep.json").write_text(json.dumps({"axes": ["stages.finetune.schedule.tokens"]}))
+    swept(tmp_path, target, [replace(run, bench="bench-1") for run in runs()[:1]])
+    assert not any("no report" in line for line in forecast(*asked_))
+
+
+def test_a_plan_says_where_it_is_trained_otherwise_than_the_runs(tmp_path: Path, target: Path):
+    stages = trainings(tmp_path)
+    write_laws(
+        tmp_path, "ko", runs(), contents_hash(target), setting=setting_of(stages, stages[-1])
+    )
+    (line,) = forecast(settings(target), stages, tmp_path, SHAPE)
+    assert "no run has its" not in line
+    stages[1].config["objective"] = {"_target_": "train.objectives.TV"}
+    (line,) = forecast(settings(target), stages, tmp_path, SHAPE)
+    assert "(no run has its loss, learning rate, batch and data: extrapolated)" in line
+    stages = trainings(tmp_path)
+    stages[0].config["optim"] = {"_target_": "train.schedule.AdamW", "lr": 0.5}
+    (line,) = forecast(settings(target), stages, tmp_path, SHAPE)
+    assert "(no run has its pretraining and drafter's own values: extrapolated)" in line
