@@ -39,7 +39,7 @@ class Form:
         return sum(columns, np.zeros((len(coefficients_RC), len(x_X))))
 
 
-def _knees(x_N: Array) -> Array:
+def knees(x_N: Array) -> Array:
     """From the least x to the third largest: three places at least lie on what rises."""
     places = np.unique(x_N)
     return np.geomspace(places[0], places[max(0, len(places) - 3)], 200)
@@ -58,7 +58,7 @@ FORMS = {
     "late": Form(
         "a + b log10 max(x, k)",
         lambda x, k: (np.ones_like(x), np.log10(np.maximum(x, k))),
-        _knees,
+        knees,
     ),
 }
 
@@ -94,6 +94,16 @@ def least(form: str, x_N: Array, y_N: Array, sd_N: Array) -> Fit:
     residuals = y_N - FORMS[form].curve(coefficients, x_N)[0]
     squares = float(np.sum((residuals / sd_N) ** 2))
     return Fit(form, coefficients[0], squares, residuals, len(x_N) - FORMS[form].count)
+
+
+def aicc(squares: float, n: int, count: int) -> float | None:
+    """Akaike's criterion for small samples (Hurvich and Tsai 1989) of weighted squared residuals,
+    whose scale is a coefficient too; None where n is too small for it."""
+    k = count + 1
+    if n - k - 1 < 1:
+        return None
+    mean = max(squares / n, 1e-12)  # a perfect fit
+    return float(n * np.log(mean) + 2 * k + 2 * k * (k + 1) / (n - k - 1))
 
 
 def drawn(found: Fit, x_N: Array, y_N: Array, sd_N: Array) -> Array:

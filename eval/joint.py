@@ -1,7 +1,8 @@
 """The joint law of the runs of all sweeps on one target: tau by kind, tokens, size and depth.
 
 tau = a_kind + b log10 tokens + c log10 parameters + d log2 depth, by least squares weighted with
-the runs' own intervals; tokens and size act log-linearly (drafters.md, a and j). A kind is a
+the runs' own intervals; tokens and size act log-linearly (drafters.md, a and j), tokens from a
+number on, where the runs show that tau stands still below it (eval/curves.py, `late`). A kind is a
 family and the tokens of its pretraining, so that tokens are those of the last training alone. A new
 drafter has Student's prediction interval: the scatter of single runs beside the doubt about the
 line (Draper and Smith, Applied Regression Analysis, 3rd edition, 1998, chapters 3 and 9).
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,9 +25,12 @@ from scipy.stats import t as student
 
 from eval.bootstrap import CONFIDENCE, Array
 from eval.cost import between
+from eval.curves import aicc, knees
+from eval.laws import MARGIN
 
 Z = float(norm.ppf((1 + CONFIDENCE) / 2))
 SPARE = 3  # runs more than terms, at least: with fewer the interval says nothing
+BENT = 5  # numbers of tokens, at least, that can show where the law begins
 BEYOND = 1.05  # a range that is left by more than this factor is extrapolated
 VARIES = 0.1  # of a term's values, once the others are taken out: less is as good as none
 SAME = 1.25  # a number within this factor of those without a term of their own is like them
@@ -141,11 +145,12 @@ class Line:
     freedom: int
 
     @classmethod
-    def through(cls, rows_RK: Array, values_R: Array, errors_R: Array) -> Line:
-        """errors: standard errors of the values. The variance of a run is its own and, of all
-        alike, what parts two trainings: DerSimonian and Laird's moments, as in eval/laws.py."""
+    def through(cls, rows_RK: Array, values_R: Array, errors_R: Array, bends: int = 0) -> Line:
+        """errors: standard errors of the values; bends: coefficients of which the rows know. The
+        variance of a run is its own and, of all alike, what parts two trainings: DerSimonian and
+        Laird's moments, as in eval/laws.py."""
         _, spread, squares = _least(rows_RK, values_R, errors_R**2)
-        freedom = len(values_R) - rows_RK.shape[1]
+        freedom = len(values_R) - rows_RK.shape[1] - bends
         weights_R = errors_R**-2
         spare = np.sum(weights_R) - np.sum((spread @ rows_RK.T) * (rows_RK.T * weights_R**2))
         between = max(0.0, (squares - freedom) / float(spare))
@@ -173,13 +178,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Law:
-    """tau of chains of `length` over the runs it was fitted to; `terms` besides a kind's own."""
+    """tau of chains of `length` over the runs it was fitted to; `terms` besides a kind's own;
+    start: tokens below which more of them do nothing (1: as far as is known, none)."""
 
     runs: list[Known]
     kinds: list[str]
     terms: list[str]
     length: int
     line: Line
+    start: float = 1.0
 
     @property
     def residual(self) -> float:
@@ -252,7 +259,7 @@ class Law:
         return [getattr(of, term) for of in there]
 
     def _row(self, asked: Asked) -> Array:
-        return _row(asked, self.kinds, self.terms)
+        return _row(asked, self.kinds, self.terms, self.start)
 
     def _possible(self, tau: float) -> float:
         return min(max(tau, 1.0), self.length + 1.0)
@@ -278,9 +285,33 @@ def fit(runs: Sequence[Known]) -> Law | None:
     errors = np.array([(tau.high - tau.low) / (2 * Z) for tau in taus])
     known = errors[errors > 0]
     errors = np.where(errors > 0, errors, np.median(known) if len(known) else 1.0)
-    rows_RK = np.array([_row(run.of, kinds, terms) for run in runs])
-    line = Line.through(rows_RK, np.array([tau.value for tau in taus]), errors)
-    return Law(list(runs), kinds, terms, length, line)
+    values = np.array([tau.value for tau in taus])
+
+    def rows(start: float) -> Array:
+        return np.array([_row(run.of, kinds, terms, start) for run in runs])
+
+    start = 1.0
+    if "tokens" in terms:
+        start = _start(np.array([r.of.tokens for r in runs]), rows, values, errors)
+    line = Line.through(rows(start), values, errors, bends=int(start > 1))
+    return Law(list(runs), kinds, terms, length, line, start)
+
+
+def _start(
+    tokens_R: Array, rows: Callable[[float], Array], values_R: Array, errors_R: Array
+) -> float:
+    """The tokens from which the law rises; 1 unless that is clearly better (eval/laws.py)."""
+    if len(np.unique(tokens_R)) < BENT:
+        return 1.0
+
+    def squares(start: float) -> float:
+        return _least(rows(start), values_R, errors_R**2)[2]
+
+    best = float(min(knees(tokens_R), key=squares))
+    n, count = rows(best).shape
+    straight, late = aicc(squares(1.0), n, count), aicc(squares(best), n, count + 1)
+    shown = straight is not None and late is not None and straight - late > MARGIN
+    return best if shown else 1.0
 
 
 def _varies(values_R: Array, rows_RK: Array) -> bool:
@@ -290,6 +321,7 @@ def _varies(values_R: Array, rows_RK: Array) -> bool:
     return bool(np.ptp(values_R - rows_RK @ known_K) > VARIES)
 
 
-def _row(asked: Asked, kinds: Sequence[str], terms: Iterable[str]) -> Array:
+def _row(asked: Asked, kinds: Sequence[str], terms: Iterable[str], start: float = 1.0) -> Array:
     mine = [float(asked.kind == kind) for kind in kinds]
-    return np.array(mine + [TERMS[term](asked) for term in terms])
+    risen = replace(asked, tokens=max(asked.tokens, start))
+    return np.array(mine + [TERMS[term](risen) for term in terms])

@@ -20,7 +20,7 @@ import numpy as np
 from scipy import stats
 
 from eval.bootstrap import CONFIDENCE, Array
-from eval.curves import FORMS, Fit, drawn, edges, least
+from eval.curves import FORMS, Fit, aicc, drawn, edges, least
 
 MARGIN = 4.0  # of AICc: the asked form then has a seventh of the other's weight (Akaike weights)
 LEAST = 3  # points of a law
@@ -148,8 +148,9 @@ def fit(
     sd_N = np.sqrt(own_N**2 + scatter**2)
     able = [f for f in (asked, *forms) if f == asked or distinct > FORMS[f].count]
     fits = {name: least(name, x_N, y_N, sd_N) for name in able}
-    aicc = {name: value for name in able if (value := _aicc(fits[name], len(x_N))) is not None}
-    best, said = _choose(asked, aicc, len(x_N))
+    counted = {n: aicc(f.squares, len(x_N), FORMS[n].count) for n, f in fits.items()}
+    known = {name: value for name, value in counted.items() if value is not None}
+    best, said = _choose(asked, known, len(x_N))
     chosen = fits[best]
     return Law(
         of=of,
@@ -163,7 +164,7 @@ def fit(
         n=len(x_N),
         conditions=conditions or {},
         asked=asked,
-        aicc=aicc,
+        aicc=known,
         said=said,
         scatter=scatter,
         lack_of_fit=_lack_of_fit(chosen, x_N, y_N, sd_N),
@@ -190,15 +191,6 @@ def _scatter(form: str, x_N: Array, y_N: Array, own_N: Array) -> float:
     inverse = np.linalg.pinv(design.T @ (w[:, None] * design))
     spare = w.sum() - np.trace(inverse @ (design.T @ ((w**2)[:, None] * design)))
     return float(np.sqrt(max(0.0, (found.squares - found.left) / spare))) if spare > 0 else 0.0
-
-
-def _aicc(found: Fit, n: int) -> float | None:
-    """None where n is too small for it."""
-    k = FORMS[found.form].count + 1  # and the scale of the residuals
-    if n - k - 1 < 1:
-        return None
-    mean = max(found.squares / n, 1e-12)  # a perfect fit
-    return float(n * np.log(mean) + 2 * k + 2 * k * (k + 1) / (n - k - 1))
 
 
 def _choose(asked: str, aicc: dict[str, float], n: int) -> tuple[str, str]:

@@ -102,6 +102,21 @@ def test_a_term_is_there_only_where_the_runs_vary_in_it():
     assert law_of(families).terms == ["tokens"]
 
 
+def test_tokens_that_do_nothing_yet_do_not_flatten_the_law():
+    """From nothing a drafter's tau stands still at first: a line through all would promise less."""
+    counts = [2e4, 3e4, 5e4, 7e4, 1e5, 1.5e5, 2.5e5, 4e5, 7e5, 1e6]
+
+    def tau(tokens: float) -> float:
+        return true_tau(asked(tokens=max(tokens, 1e5)))
+
+    runs = [known(asked(tokens=t), off=tau(t) - true_tau(asked(tokens=t))) for t in counts]
+    law = law_of(runs)
+    assert law.start == pytest.approx(1e5, rel=0.05)
+    assert law.tau(asked(tokens=2e6)).value == pytest.approx(tau(2e6), abs=0.01)
+    assert law.tau(asked(tokens=2.5e4)).value == pytest.approx(tau(2e4), abs=0.01)
+    assert law_of([known(asked(tokens=t)) for t in counts]).start == 1.0
+
+
 def test_too_few_runs_make_no_law():
     runs = [known(asked(tokens=t)) for t in (1e5, 2e5, 4e5, 1e6, 2e6)]
     assert fit(runs[:4]) is None  # two terms and three to spare are five
