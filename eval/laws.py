@@ -149,8 +149,7 @@ def fit(
     able = [f for f in (asked, *forms) if f == asked or distinct > FORMS[f].count]
     fits = {name: least(name, x_N, y_N, sd_N) for name in able}
     counted = {n: aicc(f.squares, len(x_N), FORMS[n].count) for n, f in fits.items()}
-    known = {name: value for name, value in counted.items() if value is not None}
-    best, said = _choose(asked, known, len(x_N))
+    best, said = _choose(asked, known := _known(counted), len(x_N))
     chosen = fits[best]
     return Law(
         of=of,
@@ -191,6 +190,10 @@ def _scatter(form: str, x_N: Array, y_N: Array, own_N: Array) -> float:
     inverse = np.linalg.pinv(design.T @ (w[:, None] * design))
     spare = w.sum() - np.trace(inverse @ (design.T @ ((w**2)[:, None] * design)))
     return float(np.sqrt(max(0.0, (found.squares - found.left) / spare))) if spare > 0 else 0.0
+
+
+def _known(counted: dict[str, float | None]) -> dict[str, float]:
+    return {name: value for name, value in counted.items() if value is not None}
 
 
 def _choose(asked: str, aicc: dict[str, float], n: int) -> tuple[str, str]:
