@@ -17,7 +17,7 @@ from drafters.base import Drafter
 from eval.bootstrap import RESAMPLES, Estimate, divide, estimates, resample
 from eval.clients import Served
 from eval.markdown import interval
-from eval.ties import judge
+from eval.ties import Made, judge
 
 NONE: frozenset[int] = frozenset()
 ROUNDING = 1e-9
@@ -152,7 +152,8 @@ def equality(
         for prompt, plain, other in zip(question.prompts, question.plain, answers, strict=True):
             if other != plain:
                 width = question.draft_length + 1
-                parted.append(judge(question.target, exact(), prompt, plain, other, width=width))
+                made = Made.alone(prompt, plain), Made.alone(prompt, other, width)
+                parted.append(judge(question.target, exact(), *made, width=width))
         wrong = [d for d in parted if d is not None and not d.tolerated]
         found[name] = {
             "n": len(answers),

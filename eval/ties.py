@@ -4,13 +4,13 @@ Scoring a draft is a pass over M = gamma + 1 tokens, plain decoding a pass over 
 round differently, and so do the keys and values that each of them leaves in the cache; where two
 tokens are almost equally likely, either may then win (decoding.md (g), point 5).
 
-Shapes: R rows (copies of one request), M tokens of a pass, V vocabulary.
+Shapes: R rows that are decoded together, M tokens of a pass, V vocabulary.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import chain, repeat
+from itertools import count
 from typing import Any
 
 import torch
@@ -67,46 +67,61 @@ class Divergence:
         return self.replay is not None and self.replay.explains
 
 
+@dataclass(frozen=True)
+class Made:
+    """Answers that were decoded together, by row: the prompts and answers, and of each round the
+    tokens drafted (the longest path) and accepted. The other rows matter: with their number, and
+    the lengths of their prompts, passes round differently."""
+
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    drafted: list[list[int]]
+    accepted: list[list[int]]
+
+    @classmethod
+    def alone(cls, prompt: list[int], answer: list[int], width: int = 1) -> "Made":
+        """One answer in passes of `width` tokens that all stand: how, was not told."""
+        rounds = [width - 1] * max(1, -(-len(answer) // width))
+        return cls([prompt], [answer], [rounds], [rounds])
+
+    @classmethod
+    def of(cls, run: dict[str, Any], prompts: list[list[int]]) -> "Made":
+        """A row of runs.jsonl; prompts: ids, by the numbers that it has."""
+        asked = [prompts[number] for number in run["prompts"]]
+        return cls(asked, run["ids"], run["drafted"], run["accepted"])
+
+
 def exact_dtype(dtype: torch.dtype) -> str:
     """The dtype that decides what the target means: fp32 for bf16, fp64 for fp32."""
     return "float32" if dtype.itemsize < 4 else "float64"
 
 
 def judge(
-    model: Target,
-    exact: Target,
-    prompt: list[int],
-    plain: list[int],
-    other: list[int],
-    *,
-    width: int,
-    accepted: list[int] | None = None,
-    rows: int = 1,
+    model: Target, exact: Target, plain: Made, other: Made, *, width: int, row: int = 0
 ) -> Divergence | None:
-    """Where `other` leaves `plain`, greedy answers of `model` to `prompt`; None if nowhere.
+    """Where a row's answer in `other` leaves the one in `plain`, both greedy answers of `model`;
+    None if nowhere.
 
     model: the target as deployed. exact: the same in `exact_dtype`. width: tokens of a pass that
-    made `other`, gamma + 1. accepted: drafts accepted in each of its rounds (None: all of them).
-    rows: requests that were decoded together.
+    made `other`, gamma + 1 or a tree's nodes + 1.
 
-    Both answers are read again as they were made, up to the difference: the cache that a pass reads
-    is half of why it rounds differently, and a replay of the last pass alone misses it.
+    Both are read again as they were made, up to the difference: the cache that a pass reads is half
+    of why it rounds differently, and a replay of the last pass alone misses it.
     """
-    if plain == other:
+    due, got = plain.answers[row], other.answers[row]
+    if due == got:
         return None
-    at = next((i for i, (a, b) in enumerate(zip(plain, other, strict=False)) if a != b), None)
+    at = next((i for i, (a, b) in enumerate(zip(due, got, strict=False)) if a != b), None)
     if at is None:  # one goes on where the other ended
-        at = min(len(plain), len(other))
-        left = [x[at] if at < len(x) else None for x in (plain, other)]
+        at = min(len(due), len(got))
+        left = [x[at] if at < len(x) else None for x in (due, got)]
         return Divergence(at, left[0], left[1])
-    before, tokens = plain[:at], [plain[at], other[at]]
+    tokens = [due[at], got[at]]
     with _full_precision(), torch.inference_mode():
-        ids_T = torch.tensor([prompt + before], device=exact.device)
+        ids_T = torch.tensor([plain.prompts[row] + due[:at]], device=exact.device)
         due_V = exact.logits(exact(ids_T).hidden_BTD[0, -1]).double()
-    stood = [n + 1 for n in accepted or []]
-    kept, width = chain(stood, repeat(width)), max([width, *stood])
-    one_V = _replayed(model, prompt, before, repeat(1), 1, rows)
-    many_V = _replayed(model, prompt, before, kept, width, rows)
+    one_V = _replayed(model, plain, row, at, 1)
+    many_V = _replayed(model, other, row, at, width)
     replay = Replay(
         gap=float(due_V.max() - due_V[tokens].min()),
         moved=_distance(one_V, many_V),
@@ -114,7 +129,7 @@ def judge(
         wide_error=_distance(many_V, due_V),
         repeated=[int(one_V.argmax()), int(many_V.argmax())] == tokens,
     )
-    return Divergence(at, plain[at], other[at], replay)
+    return Divergence(at, due[at], got[at], replay)
 
 
 def agreement(
@@ -144,10 +159,8 @@ def agreement(
                 due, batch = plain[_place(run)]["ids"][n], len(run["prompts"])
                 key = (batch, number, tuple(due), tuple(mine))
                 if key not in seen:
-                    seen[key] = judge(
-                        model, exact, prompts[number], due, mine, width=width,
-                        accepted=run["accepted"][n], rows=batch,
-                    )  # fmt: skip
+                    made = (Made.of(each, prompts) for each in (plain[_place(run)], run))
+                    seen[key] = judge(model, exact, *made, width=width, row=n)
                 place = (run["batch"], number)
                 worst[place] = max(worst.get(place), seen[key], key=_severity)
         found[arm] = _summary(worst)
@@ -195,31 +208,38 @@ def _place(run: dict[str, Any]) -> tuple[int, int, int]:
 
 
 @torch.inference_mode()
-def _replayed(
-    model: Target,
-    prompt: list[int],
-    answer: list[int],
-    kept: Iterator[int],
-    width: int,
-    rows: int,
-) -> Tensor:
-    """Logits [V] of what follows prompt and answer, where the answer was read in passes of `width`
-    tokens of which so many were kept each time."""
-    ids, at = prompt + answer, len(prompt) - 1
-    cache = model.new_cache(1, len(ids) + width)
-    model.prefill(torch.tensor([prompt], device=model.device), [len(prompt)], cache)
-    cache.select([0] * rows)
-    while True:
-        block = ids[at : at + width]  # what the answer does not say may be anything: it is later
-        ids_M = torch.tensor(block + [0] * (width - len(block)), device=model.device)
-        ids_RM = ids_M.expand(rows, width)
-        draft = Draft.chain(ids_RM[:, 1:], [width - 1] * rows)
-        logits_MV = model.score(ids_RM[:, 0], draft, cache).logits_BMV[0]
-        step = next(kept)
-        if at + step >= len(ids):
-            return logits_MV[len(ids) - 1 - at].double()
-        at += step
-        cache.length = [at] * rows
+def _replayed(model: Target, made: Made, row: int, at: int, width: int) -> Tensor:
+    """Logits [V] that chose token `at` of a row's answer, in passes over all rows as they were."""
+    ids, here = [p + a for p, a in zip(made.prompts, made.answers, strict=True)], model.device
+    last = len(made.prompts[row]) - 1 + at  # the token that they follow
+    path = max(map(max, made.drafted))
+    roots = [len(prompt) - 1 for prompt in made.prompts]
+    cache = model.new_cache(len(ids), max(map(len, ids)) + width)
+    padded = torch.tensor(_filled(made.prompts, max(map(len, made.prompts))), device=here)
+    model.prefill(padded, [len(prompt) for prompt in made.prompts], cache)
+    live = list(range(len(ids)))
+    for turn in count():
+        drafted = max(made.drafted[r][turn] for r in live)
+        M = drafted + 1 if path + 1 >= width or not drafted else width  # a tree is wider than deep
+        # what an answer does not say may be anything: it is later
+        blocks = _filled([ids[r][roots[r] : roots[r] + M] for r in live], M)
+        ids_RM = torch.tensor(blocks, device=here)
+        draft = Draft.chain(ids_RM[:, 1:], [M - 1] * len(live))
+        logits_RMV = model.score(ids_RM[:, 0], draft, cache).logits_BMV
+        if roots[row] + made.accepted[row][turn] >= last:
+            return logits_RMV[live.index(row), last - roots[row]].double()
+        for r in live:
+            roots[r] += made.accepted[r][turn] + 1
+        cache.length = [roots[r] for r in live]
+        on = [i for i, r in enumerate(live) if turn + 1 < len(made.accepted[r])]
+        if len(on) < len(live):
+            live = [live[i] for i in on]
+            cache.select(on)
+    raise AssertionError("the rounds of an answer make all its tokens")
+
+
+def _filled(rows: list[list[int]], length: int) -> list[list[int]]:
+    return [row + [0] * (length - len(row)) for row in rows]
 
 
 def _distance(one_V: Tensor, other_V: Tensor) -> float:

@@ -13,6 +13,7 @@ from decoding.target import Target
 from drafters.base import cast
 from drafters.lm import LM
 from eval import ties
+from eval.ties import Made
 from tests.toys import tiny_target
 
 TOKENS, GAMMA = 48, 5
@@ -55,9 +56,23 @@ def flips(model: Target, prompts: int = 16) -> Iterator[tuple[list[int], Answer,
 
 def row(arm: str, ids: list[list[int]], **more: Any) -> dict[str, Any]:
     """What eval/runs.py leaves of a run, as far as it matters here."""
-    accepted = [[0] * len(each) for each in ids]
+    rounds = [[0] * len(each) for each in ids]
     place = {"temperature": 0.0, "batch": 1, "repeat": 0, "group": 0, "prompts": [0]}
-    return place | {"arm": arm, "ids": ids, "accepted": accepted} | more
+    return place | {"arm": arm, "ids": ids, "drafted": rounds, "accepted": rounds} | more
+
+
+def of(prompts: list[list[int]], made: list[Answer]) -> Made:
+    """Answers of one batch."""
+    rounds = [a.drafted for a in made], [a.accepted for a in made]
+    return Made(prompts, [a.ids for a in made], *rounds)
+
+
+def parting(
+    model: Target, exact: Target, prompt: list[int], one: list[int], two: list[int], width: int
+) -> ties.Divergence | None:
+    """Of two answers of which it is not told how they were made."""
+    made = Made.alone(prompt, one), Made.alone(prompt, two, width)
+    return ties.judge(model, exact, *made, width=width)
 
 
 def test_flips_of_bf16_are_near_ties_and_a_replay_repeats_them():
@@ -65,9 +80,8 @@ def test_flips_of_bf16_are_near_ties_and_a_replay_repeats_them():
     model, exact = pair(torch.bfloat16)
     found = 0
     for prompt, plain, other in flips(model):
-        parted = ties.judge(
-            model, exact, prompt, plain.ids, other.ids, width=GAMMA + 1, accepted=other.accepted
-        )
+        made = of([prompt], [plain]), of([prompt], [other])
+        parted = ties.judge(model, exact, *made, width=GAMMA + 1)
         assert parted is not None
         assert parted.replay is not None
         assert parted.tolerated, parted
@@ -95,9 +109,8 @@ def test_a_wide_pass_that_sees_the_wrong_text_excuses_nothing(monkeypatch):
     other = decode(
         model, noisy(model), [prompt], sampling=Sampling(), max_new_tokens=TOKENS
     ).answers[0]  # fmt: skip
-    parted = ties.judge(
-        model, exact, prompt, plain, other.ids, width=GAMMA + 1, accepted=other.accepted
-    )
+    made = Made.alone(prompt, plain), of([prompt], [other])
+    parted = ties.judge(model, exact, *made, width=GAMMA + 1)
     assert parted is not None
     assert parted.replay is not None
     assert parted.replay.gap <= 2 * parted.replay.moved
@@ -110,13 +123,13 @@ def test_a_wrong_token_is_no_near_tie():
         prompt = [3, 1, 4, 1, 5]
         plain = answers(model, prompt, None).ids
         other = [*plain[:9], (plain[9] + 1) % 512, *plain[10:]]
-        parted = ties.judge(model, exact, prompt, plain, other, width=GAMMA + 1)
+        parted = parting(model, exact, prompt, plain, other, GAMMA + 1)
         assert parted is not None
         assert (parted.position, parted.plain, parted.other) == (9, plain[9], other[9])
         assert parted.replay is not None
         assert parted.replay.gap > 0.1
         assert not parted.tolerated
-        assert ties.judge(model, exact, prompt, plain, list(plain), width=GAMMA + 1) is None
+        assert parting(model, exact, prompt, plain, list(plain), GAMMA + 1) is None
 
 
 def test_the_gap_is_that_of_the_tokens_that_were_chosen():
@@ -127,7 +140,7 @@ def test_the_gap_is_that_of_the_tokens_that_were_chosen():
         logits_V = exact.logits(exact(torch.tensor([prompt])).hidden_BTD[0, -1])
     best, second, third = logits_V.topk(3).indices.tolist()
     for other in (second, third):
-        parted = ties.judge(model, exact, prompt, [best], [other], width=4)
+        parted = parting(model, exact, prompt, [best], [other], 4)
         assert parted is not None
         assert parted.replay is not None
         assert parted.replay.gap == pytest.approx(float(logits_V[best] - logits_V[other]), rel=1e-6)
@@ -137,7 +150,7 @@ def test_an_end_too_soon_is_a_divergence_that_nothing_excuses():
     model, exact = pair(torch.float32)
     plain = answers(model, [9, 8, 7], None).ids
     for one, two in ((plain, plain[:5]), (plain[:5], plain)):
-        parted = ties.judge(model, exact, [9, 8, 7], one, two, width=4)
+        parted = parting(model, exact, [9, 8, 7], one, two, 4)
         assert parted is not None
         assert (parted.position, parted.replay, parted.tolerated) == (5, None, False)
 
@@ -171,22 +184,41 @@ def test_agreement_counts_prompts_by_their_worst_repeat():
     assert "ours 4 of 5 identical, 0 at a near-tie, 1 wrong" in said["found"]
 
 
-def test_rows_of_a_batch_are_read_together():
-    """A replay for a batch makes passes of as many rows, and gives the same up to rounding."""
-    model, _ = pair(torch.float32)
-    widths = []
+@pytest.mark.parametrize("drafts", [False, True])
+def test_a_batch_is_read_again_as_it_was(drafts: bool):
+    """The same passes of the same rows, bit for bit, until the rows end one by one: in bf16 a pass
+    over copies of one row would round differently. A tree's passes are as wide as its nodes."""
+    model, _ = pair(torch.bfloat16)
+    prompts = [[3, 1, 4, 1, 5], [2, 7], [6, 6, 6, 1, 2, 3, 4, 5, 6], [9]]
+    passes: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[], []]
     true = model.score
 
     def noting(root_B, draft, cache, *rest):
-        widths.append((len(root_B), draft.ids_BN.shape[1] + 1))
-        return true(root_B, draft, cache, *rest)
+        scored = true(root_B, draft, cache, *rest)
+        passes[-1].append((root_B.clone(), scored.logits_BMV.clone()))
+        return scored
 
     model.score = noting  # type: ignore[method-assign]
-    alone, three = (
-        ties._replayed(model, [1, 2, 3], list(range(10)), iter([2, 4, 1, 4]), 4, rows)
-        for rows in (1, 3)
+    drafter = noisy(model) if drafts else None
+    ends = frozenset({1, 5, 77, 200, 300, 412})  # so that answers have several lengths
+    done = decode(model, drafter, prompts, sampling=Sampling(), max_new_tokens=TOKENS, end_ids=ends)
+    made, first = of(prompts, done.answers), passes[-1]
+    rounds = [len(accepted) for accepted in made.accepted]
+    assert len(set(rounds)) > 1
+    row = rounds.index(max(rounds))
+    last = len(made.answers[row]) - 1
+    passes.append([])
+    logits_V = ties._replayed(model, made, row, last, GAMMA + 1 if drafts else 1)
+    again = passes[-1]
+    assert [root.tolist() for root, _ in again] == [root.tolist() for root, _ in first]
+    assert [x.shape for _, x in again] == [x.shape for _, x in first]
+    for (_, was), (_, now) in zip(first, again, strict=True):
+        assert torch.equal(was[:, 0], now[:, 0])
+    assert int(logits_V.argmax()) == made.answers[row][-1]
+    passes.append([])
+    tree = Made(
+        made.prompts, made.answers, [[min(n, 2) for n in x] for x in made.drafted], made.accepted
     )
-    assert widths == [(1, 4)] * 4 + [(3, 4)] * 4
-    assert (alone - three).abs().max() < 1e-4
-    whole = model.logits(model(torch.tensor([[1, 2, 3, *range(10)]])).hidden_BTD[0, -1])
-    assert (alone - whole).abs().max() < 1e-4
+    ties._replayed(model, tree, row, last, 9)
+    widths = {logits_BMV.shape[1] for _, logits_BMV in passes[-1]}
+    assert widths == ({9} if drafts else {1})
