@@ -127,7 +127,7 @@ def _held(stage: Path, role: str, stages: Path) -> Iterator[tuple[str, str]]:
     """Every value that made a measurement: `drafter.schedule.tokens`, `drafter.data.seed`, ...; an
     input whose folder is gone counts by its name, which holds its fingerprint."""
     note = note_of(stage)
-    yield from _flat(note["config"], role)
+    yield from flat(note["config"], role)
     for name, place in note.get("inputs", {}).items():
         below, path = found_at(Path(place).parent, stages), f"{role}{name}."
         if below is None:
@@ -136,11 +136,12 @@ def _held(stage: Path, role: str, stages: Path) -> Iterator[tuple[str, str]]:
             yield from _held(below, path, stages)
 
 
-def _flat(config: Row, path: str) -> Iterator[tuple[str, str]]:
+def flat(config: Row, path: str) -> Iterator[tuple[str, str]]:
+    """The values of a stage's configuration that can change a figure, below `path`, as JSON."""
     for key, value in config.items():
         if key in FREE:
             continue
         if isinstance(value, dict):
-            yield from _flat(value, f"{path}{key}.")
+            yield from flat(value, f"{path}{key}.")
         else:
             yield f"{path}{key}", json.dumps(value)

@@ -19,11 +19,10 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from scipy.stats import t as student
 
 from eval.ancestry import benched
-from eval.bootstrap import CONFIDENCE
+from eval.bootstrap import CONFIDENCE, Array
 from eval.cost import between
 from eval.joint import SPARE, Asked, Interval, Known, Law, expected_tau, fit
 from eval.known import LAWS, alike, known_of, read, settings
@@ -87,14 +86,15 @@ def speed_of(runs: Sequence[Known], machine: str) -> Speed | None:
     sizes = sorted(set.intersection(*(set(run.verify) for run in mine)))
     verify = {m: median(run.verify[m] + run.overhead for run in mine) for m in sizes}
     rough = Speed(mine, verify[1], verify)
-    pairs = [(run.speedup.value, run.decoding) for run in mine if run.speedup]
+    whole_R, decoding_R = np.array([(r.speedup.value, r.decoding) for r in mine if r.speedup]).T
 
-    def off(fixed: float) -> float:
-        return sum(math.log(whole * (fixed + (1 - fixed) / s)) ** 2 for whole, s in pairs)
+    def off(fixed: float) -> Array:
+        return np.log(whole_R * (fixed + (1 - fixed) / decoding_R))
 
-    fixed = float(minimize_scalar(off, bounds=(0.0, MOST_FIXED), method="bounded").x)
+    # the least sum of distances, not of squares: a run beside other work must not decide it
+    fixed = float(min(np.linspace(0, MOST_FIXED, 181), key=lambda f: np.abs(off(f)).sum()))
     freedom = len(mine) - 1
-    scatter = math.sqrt(off(fixed) / freedom * (1 + 1 / len(mine)))
+    scatter = math.sqrt(float((off(fixed) ** 2).sum()) / freedom * (1 + 1 / len(mine)))
     return Speed(mine, rough.plain, verify, fixed, scatter, freedom)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.ancestry import FREE, read_json
+from eval.ancestry import read_json
 from eval.joint import Asked, Interval, Known
 
 LAWS = "sweeps/*/report/laws.json"  # in an output folder
@@ -45,17 +45,6 @@ def settings(held: Mapping[str, str]) -> tuple[str, str]:
 
 def _mark(facts: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def flat(config: Mapping[str, Any], path: str) -> Iterator[tuple[str, str]]:
-    """A stage's configuration as `Run.held` has it."""
-    for key, value in config.items():
-        if key in FREE:
-            continue
-        if isinstance(value, dict):
-            yield from flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", json.dumps(value)
 
 
 def alike(runs: Sequence[Known], setting: tuple[str, str]) -> list[Known]:

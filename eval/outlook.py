@@ -23,8 +23,9 @@ EDGES = (0.025, 0.975)
 @dataclass(frozen=True)
 class Outlook:
     """A candidate after a training: its acceptance, the chain length that is fastest at it, tokens
-    a second and the speedup while decoding. `beyond`: in what the law is extrapolated; rival: not
-    to be told apart from the first one."""
+    a second and the speedup: of whole answers, where runs on this machine show what drafting leaves
+    as it is, else while decoding. `beyond`: in what the law is extrapolated; rival: not to be told
+    apart from the first one."""
 
     name: str
     asked: Asked
@@ -50,9 +51,10 @@ def outlooks(
     """Those of which its law says something, the fastest first.
 
     Intervals are of draws that all candidates share (Line.draws), and so is the difference to the
-    first one: where its 95 % interval holds 0, the candidate is a rival.
+    first one: where its 95 % interval holds 0, the candidate is a rival. How far measured speedups
+    lie off what costs give is drawn for each.
     """
-    law = forecaster.law
+    law, speed, luck = forecaster.law, forecaster.speed, np.random.default_rng(0)
     names = [name for name in candidates if name in asked and not law.unknown(asked[name])]
     if not names:
         return []
@@ -61,11 +63,13 @@ def outlooks(
     for name, alphas_S in zip(names, alphas_SC.T, strict=True):
         mine, alpha = candidates[name], law.alpha(asked[name])
         length = mine.best(alpha.value)[1]
-        each = rate(mine, length)
-        drawn[name] = each(alphas_S)
+        each = speedup_of(mine, length, speed.fixed if speed else 0.0)
+        off_S = luck.standard_t(speed.freedom, DRAWS) * speed.scatter if speed else np.zeros(DRAWS)
+        drawn[name] = each(alphas_S) * np.exp(off_S)
         low, high = np.quantile(drawn[name], EDGES)
-        per_second = Interval(float(each(np.array(alpha.value))), float(low), float(high))
-        speedup = Interval(*(tokens * mine.plain / 1000 for tokens in per_second))
+        speedup = Interval(float(each(np.array(alpha.value))), float(low), float(high))
+        plain = 1000 / mine.plain * (1 - speed.fixed if speed else 1)
+        per_second = Interval(*(plain * times for times in speedup))
         beyond = forecaster.beyond(asked[name])
         found.append(Outlook(name, asked[name], alpha, length, per_second, speedup, beyond))
     found.sort(key=lambda outlook: -outlook.per_second.value)
@@ -73,15 +77,16 @@ def outlooks(
     return [found[0], *(_beside(outlook, drawn[outlook.name] - best) for outlook in found[1:])]
 
 
-def rate(candidate: Candidate, length: int) -> Callable[[Array], Array]:
-    """Tokens a second while decoding with chains of this length, of acceptances."""
+def speedup_of(candidate: Candidate, length: int, fixed: float) -> Callable[[Array], Array]:
+    """The speedup with chains of this length, of acceptances, where drafting leaves a `fixed` share
+    of the time as it is (Amdahl's law)."""
     round_ms = between(candidate.draft, length) + between(candidate.verify, length)
 
-    def tokens(alphas_S: Array) -> Array:
-        powers = [alphas_S**k for k in range(length + 1)]
-        return 1000 * np.sum(powers, axis=0) / round_ms
+    def times(alphas_S: Array) -> Array:
+        tau_S = np.sum([alphas_S**k for k in range(length + 1)], axis=0)
+        return 1 / (fixed + (1 - fixed) * round_ms / (tau_S * candidate.plain))
 
-    return tokens
+    return times
 
 
 def _beside(outlook: Outlook, difference_S: Array) -> Outlook:
@@ -93,7 +98,8 @@ def _beside(outlook: Outlook, difference_S: Array) -> Outlook:
 class Proposal:
     """What to train. budget: in words, "" without one; law: None where the acceptance is assumed,
     and `why`; unknown: by reason, the candidates of which it says nothing; sweep: the words of the
-    command that would measure it; command: that trains the first."""
+    command that would measure it; command: that trains the first; fixed: the share of an answer's
+    time that drafting leaves as it is, None where speedups are of decoding alone."""
 
     budget: str
     law: Law | None
@@ -102,6 +108,7 @@ class Proposal:
     unknown: dict[str, list[str]] = field(default_factory=dict)
     sweep: str = ""
     command: str = ""
+    fixed: float | None = None
 
     def told(self) -> dict[str, Any]:
         """JSON-able."""
@@ -109,7 +116,7 @@ class Proposal:
         return {
             **{"budget": self.budget, "assumed": self.why, "slopes": slopes},
             **{"outlooks": [outlook.told() for outlook in self.outlooks]},
-            **{"unknown": self.unknown, "command": self.command},
+            **{"unknown": self.unknown, "command": self.command, "fixed": self.fixed},
         }
 
     def lines(self) -> list[str]:
@@ -134,7 +141,8 @@ class Proposal:
         sweeps = len({run.sweep for run in law.runs})
         yield (
             f"By the law of {len(law.runs)} runs of {sweeps} sweep{'s' if sweeps > 1 else ''} on "
-            f"this target, with {budget} (95 % intervals for a new drafter, T=0, while decoding):"
+            f"this target, with {budget} (95 % intervals for a new drafter, T=0, "
+            f"{'while decoding' if self.fixed is None else 'whole answers'}):"
         )
         width = max(len(outlook.name) for outlook in self.outlooks)
         head = f"  {'drafter':<{width}} {'tokens':>13}  {'acceptance':<18}  {'speedup':<20}"
@@ -146,6 +154,15 @@ class Proposal:
                 f"{shown(o.speedup, 'x'):<20}  {o.length}{far}"
             )
 
+    def _left(self) -> str:
+        """What drafting does not shorten."""
+        if self.fixed is None:
+            return "Prefill, which drafting does not shorten, comes on top."
+        return (
+            f"Drafting leaves {self.fixed:.0%} of an answer's time as it is (prefill above all), "
+            "by the speedups that these runs have measured."
+        )
+
     def _train(self) -> Iterator[str]:
         first = self.outlooks[0]
         each = first.per_second
@@ -153,8 +170,7 @@ class Proposal:
             f"Train {first.name} ({first.asked.parameters:,} parameters) on "
             f"{first.asked.tokens:,.0f} tokens and draft {first.length} at a time: tau "
             f"{shown(first.tau)}, {each.value:.0f} [{each.low:.0f}, {each.high:.0f}] tokens a "
-            f"second, {shown(first.speedup, 'x')}. Prefill, which drafting does not shorten, comes "
-            "on top."
+            f"second, {shown(first.speedup, 'x')}. {self._left()}"
         )
         if first.beyond:
             yield f"Mind that {' and '.join(first.beyond)}: extrapolated."

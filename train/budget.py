@@ -15,9 +15,10 @@ from decoding.target import Shape, Target
 from drafters.base import Blueprint
 from drafters.lm import LM
 from eval.advise import Advice, Candidate
+from eval.ancestry import flat
 from eval.forecast import Forecaster
 from eval.joint import Asked, Known, Law
-from eval.known import flat, machine, positions, read, settings
+from eval.known import machine, positions, read, settings
 from eval.outlook import Proposal, outlooks
 from train.candidates import around, count, depth_and_width, empty, key
 from train.compose import build
@@ -257,7 +258,8 @@ def propose(
     part = "lm" if issubclass(blueprint.cls, LM) else chosen.name
     part = "" if chosen.name == advice.recipe else part
     words = purse.words(blueprint, part, chosen.asked, chosen.length)
-    return Proposal(budget, law, "", found, unknown, sweep, command(name, words))
+    fixed = forecaster.speed.fixed if forecaster.speed else None
+    return Proposal(budget, law, "", found, unknown, sweep, command(name, words), fixed)
 
 
 def _after(

@@ -196,6 +196,22 @@ def test_what_is_known_is_not_measured_again(tmp_path: Path, quick, monkeypatch)
         passes(again, target, [1, 4, 8])
 
 
+def test_what_is_measured_later_is_scaled_to_the_spell_of_the_first(tmp_path: Path, monkeypatch):
+    """A machine that has become a fifth faster makes no later drafter faster than an earlier."""
+    pace = 1.0
+
+    def timed(subjects, said):
+        return dict.fromkeys(subjects, (8 * pace, 2 * pace))
+
+    monkeypatch.setattr(cost, "in_turn", timed)
+    ledger = Ledger(tmp_path, tiny_target(), "machine")
+    first = ledger.fill({"a": lambda: None}, "a")
+    pace = 0.8
+    again = Ledger(tmp_path, tiny_target(), "machine")
+    assert again.fill({"a": lambda: None, "b": lambda: None}, "b")["b"] == pytest.approx(first["a"])
+    assert again.known["a"] == first["a"] == (8.0, 2.0)
+
+
 CHANGES = {
     "machine": lambda target, monkeypatch: "another",
     "dtype": lambda target, monkeypatch: target.to(torch.float32) and "machine",
@@ -218,7 +234,7 @@ def test_foreign_costs_are_never_used(what: str, tmp_path: Path, monkeypatch):
     target = tiny_target()
     mine = Ledger(tmp_path, target, "machine")
     mine.fill({"x": lambda: lambda: (1.0,)}, "x")
-    assert Ledger(tmp_path, target, "machine").known == {"x": (1.0,)}
+    assert Ledger(tmp_path, target, "machine").known["x"] == (1.0,)
     machine = CHANGES[what](target, monkeypatch)
     other = Ledger(tmp_path, target, machine)
     assert other.known == {}
@@ -233,7 +249,7 @@ def test_a_broken_cost_file_is_measured_again(text: str, tmp_path: Path):
     ledger.file.write_text(text)
     ledger = Ledger(tmp_path, tiny_target(), "machine")
     assert ledger.fill({"x": lambda: lambda: (2.0,)}, "x") == {"x": (2.0,)}
-    assert Ledger(tmp_path, tiny_target(), "machine").known == {"x": (2.0,)}
+    assert Ledger(tmp_path, tiny_target(), "machine").known["x"] == (2.0,)
 
 
 def test_the_overhead_is_neither_draft_nor_call(clock):

@@ -318,6 +318,18 @@ def test_a_token_takes_as_long_as_the_depth_says():
     assert one.token(replace(asked(), depth=2)) is None  # one depth says nothing of others
 
 
+def test_a_run_beside_other_work_does_not_decide_what_drafting_leaves():
+    """By least squares one speedup that is off by half would."""
+    runs = [known(replace(asked(tokens=t), depth=d)) for t in (1e5, 1e6, 1e7) for d in (1, 2, 4)]
+    assert runs[0].speedup is not None
+    odd = replace(runs[0], speedup=runs[0].speedup.through(lambda times: times / 2))
+    quiet, beside = speed_of(runs, MACHINE), speed_of([odd, *runs[1:]], MACHINE)
+    assert quiet is not None
+    assert beside is not None
+    assert beside.fixed == pytest.approx(quiet.fixed)
+    assert beside.scatter > 2 * quiet.scatter, "but it is told"
+
+
 def test_prompts_are_not_mixed():
     runs = [known(each) for each in GRID]
     other = [replace(known(each, off=1.0), prompts="q, 64 tokens") for each in GRID[:7]]

@@ -223,6 +223,30 @@ def test_the_proposal_is_the_fastest_by_the_law_with_its_command():
     assert told["outlooks"][0]["asked"]["tokens"] == 20_000
 
 
+def test_the_proposal_promises_whole_answers_where_runs_show_what_drafting_leaves():
+    """Rounds alone would promise more than bench measures."""
+    found = purse(Budget(tokens=40_000))
+    amdahl = [
+        replace(run, speedup=run.speedup.through(lambda s: 1 / (0.2 + 0.8 / s)))
+        for run in found.runs
+        if run.speedup
+    ]
+    rounds, known_to, _ = proposed(found)
+    made, _, _ = proposed(replace(found, runs=amdahl))
+    one, two = rounds.outlooks[0].speedup.value, made.outlooks[0].speedup.value
+    assert made.fixed == pytest.approx(0.2)
+    assert two == pytest.approx(1 / (0.2 + 0.8 / one))
+    plain = 0.8 * 1000 / known_to.candidates[1].plain  # tokens a second, prefill and all
+    assert made.outlooks[0].per_second.value == pytest.approx(plain * two)
+    assert "Drafting leaves 20% of an answer's time as it is" in render(known_to, made)
+    assert "T=0, whole answers):" in render(known_to, made)
+    elsewhere = [replace(run, machine="another, 64 threads") for run in amdahl]
+    unknown, _, _ = proposed(replace(found, runs=elsewhere))
+    assert unknown.outlooks[0].speedup.value == pytest.approx(one)
+    assert "T=0, while decoding):" in render(known_to, unknown)
+    assert "Prefill, which drafting does not shorten, comes on top." in render(known_to, unknown)
+
+
 def test_a_family_that_changes_its_target_is_another():
     """Reports call it medusa too; what medusa accepts says nothing of it."""
     adapted = Blueprint(Medusa, {"heads": 2, "target_lora": {"rank": 2, "alpha": 2}})
