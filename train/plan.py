@@ -102,7 +102,7 @@ def _differences(file: Path, stage: Planned) -> list[str] | None:
     """Of an earlier stage.json; None for one that is not of this stage or cannot be read."""
     try:
         note = json.loads(file.read_text(encoding="utf-8"))
-        before, now = dict(_flat(_kept(note["config"]))), dict(_flat(_kept(stage.config)))
+        before, now = dict(flat(_kept(note["config"]))), dict(flat(_kept(stage.config)))
         made_from = {name: Path(place).parent.name for name, place in note["inputs"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -115,11 +115,11 @@ def _differences(file: Path, stage: Planned) -> list[str] | None:
     return found + [f"its {name} was {made_from.get(name)}, is {inputs[name]}" for name in changed]
 
 
-def _flat(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def flat(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every value with the keys that lead to it."""
     if isinstance(config, dict) and config:
         for key, value in config.items():
-            yield from _flat(value, f"{path}.{key}" if path else key)
+            yield from flat(value, f"{path}.{key}" if path else key)
     else:
         yield path, config
 

@@ -8,11 +8,13 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+
+from tests.local_server import answering
 
 Sets = dict[str, dict[str, dict[str, list[dict[str, Any]]]]]  # id -> name -> split -> rows
 HEAD = "5bd0f46" + "0" * 33  # the commit that main names
@@ -171,10 +173,5 @@ def serving(
         (Asked,),
         known | {"commits": commits | {HEAD}, "revisions": revisions, "faults": faults or Faults()},
     )
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", revisions
-    finally:
-        server.shutdown()
-        server.server_close()
+    with answering(handler) as address:
+        yield address, revisions

@@ -4,13 +4,13 @@ The two servers of the other tests, one of data sets and one of models, behind o
 """
 
 import http.client
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 from tests.data.hub_server import Sets, serving
+from tests.local_server import answering
 from tests.train.upload_server import Hub, Repository, publishing
 
 DATA_SETS = ("/api/datasets/", "/datasets/")
@@ -64,11 +64,6 @@ def whole(token: str, name: str, models: dict[str, Path], sets: Sets) -> Iterato
             hub.repositories[model].add(contents(folder))
         behind = {"models": hub.address, "data_sets": data_sets}
         places = {kind: place.removeprefix("http://") for kind, place in behind.items()}
-        front = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Front,), places))
-        hub.address = f"http://127.0.0.1:{front.server_port}"
-        threading.Thread(target=front.serve_forever, args=(0.02,), daemon=True).start()
-        try:
+        with answering(type("Handler", (Front,), places)) as address:
+            hub.address = address
             yield hub
-        finally:
-            front.shutdown()
-            front.server_close()

@@ -20,6 +20,7 @@ from drafters.published import fetch, published
 from eval.controls import Failed
 from tests.drafters.contract import arguments as family
 from tests.drafters.contract import build
+from tests.local_server import hub_at
 from tests.toys import tiny_target
 from tests.train.upload_server import ATTRIBUTES, RETRY_AFTER, WAYS, Hub, Repository, publishing
 from train.publishing.hub import check, upload
@@ -42,16 +43,7 @@ def hub(monkeypatch, tmp_path: Path, pauses: list[float], caplog) -> Any:
     logger = get_logger("huggingface_hub")  # by its own function, which adds a handler at first
     monkeypatch.setattr(logger, "handlers", [caplog.handler])
     with publishing(CANARY, "me") as made:
-        for key, value in {
-            "ENDPOINT": made.address,
-            "HUGGINGFACE_CO_URL_TEMPLATE": made.address
-            + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-        }.items():
-            monkeypatch.setattr(f"huggingface_hub.constants.{key}", value)
-        monkeypatch.setenv("HF_TOKEN", CANARY)
+        hub_at(made.address, CANARY, tmp_path / "cache", monkeypatch)
         yield made
 
 

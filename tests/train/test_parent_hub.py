@@ -12,6 +12,7 @@ import torch
 from decoding.pretrained import Pretrained
 from drafters.base import Blueprint, load, save
 from drafters.medusa import Medusa
+from tests.local_server import hub_at
 from tests.tiny import write_target, write_texts
 from tests.train.upload_server import Hub, publishing
 from train.parent import Parent
@@ -25,16 +26,7 @@ HEADS = {"heads": 2}
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with publishing(TOKEN, "me") as made:
-        for key, value in {
-            "ENDPOINT": made.address,
-            "HUGGINGFACE_CO_URL_TEMPLATE": made.address
-            + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-        }.items():
-            monkeypatch.setattr(f"huggingface_hub.constants.{key}", value)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        hub_at(made.address, TOKEN, tmp_path / "cache", monkeypatch)
         yield made
 
 

@@ -25,6 +25,7 @@ from drafters.published import published
 from eval.controls import Failed
 from eval.report import summarise, write_report
 from tests.eval.test_report import CONDITIONS, CONTROLS, many
+from tests.local_server import hub_at
 from tests.tiny import write_target, write_texts
 from tests.train import composing, upload_server
 from tests.train.composing import ROOT, command, compose
@@ -436,16 +437,7 @@ def test_rehearsing_asks_the_hub_and_changes_nothing(monkeypatch):
 def test_published_once_and_loaded_again_in_one_line(place, tmp_path, monkeypatch, capsys):
     target = Pretrained(path=str(inputs(place)["target"]), dtype="float32").load()
     with upload_server.publishing(CANARIES["HF_TOKEN"], "me") as there:
-        for key, value in {
-            "ENDPOINT": there.address,
-            "HUGGINGFACE_CO_URL_TEMPLATE": there.address
-            + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-        }.items():
-            monkeypatch.setattr(f"huggingface_hub.constants.{key}", value)
-        monkeypatch.setenv("HF_TOKEN", CANARIES["HF_TOKEN"])
+        hub_at(there.address, CANARIES["HF_TOKEN"], tmp_path / "cache", monkeypatch)
         stage = publishing(repository="me/mine", tag="v1")
         assert "makes the private repository me/mine" in stage.rehearse()
         folder = run(place, stage)

@@ -10,9 +10,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote
+
+from tests.local_server import answering
 
 LARGE = (".safetensors", ".gguf", ".png")  # what goes to the storage of large files
 ATTRIBUTES = {".gitattributes": b"*.safetensors filter=lfs\n"}
@@ -323,11 +325,6 @@ def publishing(token: str, name: str) -> Iterator[Hub]:
     """A Hub where the account `name` has a token that may write."""
     me = {"name": name, "orgs": [], "auth": {"accessToken": {"role": "write"}}}
     hub = Hub(token=token, me=me)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Asked,), {"hub": hub}))
-    hub.address = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    try:
+    with answering(type("Handler", (Asked,), {"hub": hub})) as address:
+        hub.address = address
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()

@@ -19,7 +19,7 @@ import yaml
 
 from drafters.files import sha256
 from train.compose import ENVIRONMENT, ROOMS, ROOT, build, classes
-from train.plan import fingerprint
+from train.plan import fingerprint, flat
 from train.processes.worker import environment
 
 Note = dict[str, Any]
@@ -147,21 +147,11 @@ def recipe(stages: dict[str, Path], title: str) -> str:
 def to_give(text: str) -> list[str]:
     """The words of a command that give what a recipe leaves out: `stages.x.data.files=...`."""
     parts = yaml.safe_load(text)["stages"]
-    return [f"'{key}=...'" for key, value in _flat(parts, "stages") if value == GIVEN]
+    return [f"'{key}=...'" for key, value in flat(parts, "stages") if value == GIVEN]
 
 
-def _flat(config: Any, place: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(config, dict):
-        for key, value in config.items():
-            yield from _flat(value, f"{place}.{key}")
-    else:
-        yield place, config
-
-
-def _seeds(config: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in _flat(config, place):
-        if key.rpartition(".")[2] == "seed":
-            yield key.lstrip("."), value
+def _seeds(config: Any) -> Iterator[tuple[str, Any]]:
+    return ((key, value) for key, value in flat(config) if key.rpartition(".")[2] == "seed")
 
 
 def _moved(config: Any, elsewhere: Callable[[Path], str]) -> Any:
