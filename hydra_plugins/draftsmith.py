@@ -51,7 +51,7 @@ class HalvingSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """What the launcher returned for each rung."""
         assert self.config is not None
-        if self.config.plan or self.config.view or self.config.advise:  # nothing is trained
+        if self.config.view or self.config.advise:  # nothing is trained
             return super().sweep(arguments)
         try:
             jobs = self._jobs(arguments)
@@ -59,6 +59,9 @@ class HalvingSweeper(BasicSweeper):
         except (ValueError, OSError) as error:
             print(f"error: {redacted(str(error))}", file=sys.stderr)
             sys.exit(2 if isinstance(error, ValueError) else 4)
+        if self.config.plan:
+            print(*race.planned(), sep="\n", flush=True)
+            return super().sweep(arguments)
         race.run(self._launch)
         return self.returns
 

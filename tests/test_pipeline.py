@@ -170,8 +170,10 @@ def test_wandb_without_a_key_writes_offline_and_ends_nothing(done):
     folder, _ = done
     offline = list(folder.rglob("*.wandb"))
     assert {p.parent.name.split("-")[0] for p in offline} == {"offline"}
-    stages = {p.relative_to(folder / "out" / "stages").parts[0].split("-")[0] for p in offline}
+    places = [p.relative_to(folder / "out").parts for p in offline]
+    stages = {parts[1].split("-")[0] for parts in places if parts[0] == "stages"}
     assert stages == {"target", "pretrain", "finetune"}
+    assert [parts[0] for parts in places].count("wandb") == 1, "what the recipe has come to"
 
 
 def test_again_does_nothing_and_a_changed_stage_runs_with_what_reads_it(done):

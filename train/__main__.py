@@ -17,7 +17,19 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.secrets import guard, redacted, refuse_word
 from train.compose import CONF, RECIPES, refuse_commands, resolvers
-from train.grid import axes_of, base_word, begun, each_part, first, no_sweep, swept, words_of
+from train.grid import (
+    axes_of,
+    base_word,
+    begun,
+    each_part,
+    first,
+    no_sweep,
+    planned,
+    starts_nothing,
+    swept,
+    to_show,
+    words_of,
+)
 from train.mistakes import explain, no_choice, options, quoted, unreadable
 from train.plugins import refusal
 from train.task import task
@@ -82,9 +94,14 @@ def _sweep(overrides: list[Override]) -> int:
         axes = axes_of(overrides, composed)
         for words in each_part(overrides, axes):
             _composed(words)
+        if starts_nothing(composed):
+            overrides, axes = to_show(overrides, axes)
         with begun(overrides, axes, composed) as (sweep, words):
             sys.argv[1:] = ["--multirun", *words_of(overrides, axes), *words]
-            return swept(sweep, _hydra)
+            code = swept(sweep, _hydra)
+        if composed.plan and not code:
+            planned(composed)
+        return code
     except ValueError as error:
         _stop(str(error))
 

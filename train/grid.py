@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shlex
 import signal
 import sys
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.secrets import redacted
-from train.compose import CONF, check_name
+from train.compose import CONF, bind, build, check_name
 from train.mistakes import explain, several
 from train.plugins import TOGETHER, added, chosen
 from train.sweep import OWN, Sweep, folder_of, told
@@ -149,6 +150,27 @@ def _runs(overrides: list[Override], axes: Axes) -> list[dict[str, str]] | None:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
+def starts_nothing(composed: DictConfig) -> bool:
+    """Whether the command only shows (plan, view, advise)."""
+    return bool(composed.plan or composed.view or composed.advise)
+
+
+def to_show(overrides: list[Override], axes: Axes) -> tuple[list[Override], Axes]:
+    """The words and axes of a sweep that is only shown: without launcher, which would take it
+    elsewhere, and sampler, which chooses as it goes: of the user's axes their first values."""
+    words = [o for o in overrides if not str(o.key_or_group).startswith("hydra")]
+    sweeper = chosen(overrides).get("hydra/sweeper", "basic")
+    if sweeper == "optuna":
+        print("optuna chooses values as it goes; shown are runs with the first values", flush=True)
+        own = {override.get_key_element() for override in words if override.is_sweep_override()}
+        axes = {key: values for key, values in axes.items() if key not in own}
+        words = OverridesParser.create().parse_overrides([first(word) for word in words])
+    elif sweeper == "halving":
+        kept = re.compile(r"hydra/sweeper|hydra\.sweeper\.(eta|rungs|least)")
+        words += [o for o in overrides if kept.fullmatch(str(o.key_or_group))]
+    return words, axes
+
+
 def _require_stages(composed: DictConfig) -> None:
     stages: Any = OmegaConf.to_container(composed.stages, resolve=False)
     whole = {name: s for name, s in stages.items() if isinstance(s, dict) and "_target_" in s}
@@ -181,7 +203,7 @@ def begun(
     """The sweep, with its folder, and the words that Hydra needs besides the user's. No sweep where
     nothing is trained (plan, view, advise), or in the other processes of a launcher: Hydra then
     writes to a folder that goes with this block. Raises ValueError for a name that is none."""
-    if int(os.environ.get("RANK", 0)) or composed.plan or composed.view or composed.advise:
+    if int(os.environ.get("RANK", 0)) or starts_nothing(composed):
         with tempfile.TemporaryDirectory() as away:
             yield None, [_place(Path(away)), *added(overrides)]
         return
@@ -227,6 +249,15 @@ def _place(folder: Path) -> str:
 def _quoted(value: str) -> str:
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
+
+
+def planned(composed: DictConfig) -> None:
+    """Prints what the runs of a sweep that were planned take together."""
+    from train.show import whole
+
+    plain: Any = OmegaConf.to_container(composed.launch, resolve=True)
+    bind(plain, "launch")
+    print(*whole(build(plain), Path(str(composed.output_dir or "outputs")).resolve()), sep="\n")
 
 
 def swept(sweep: Sweep | None, run: Callable[[], None]) -> int:

@@ -1,9 +1,13 @@
 """`plan=true`: what a recipe would do, what it would take, and what has changed since."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 from decoding.pretrained import contents_hash
 from decoding.target import Shape
@@ -35,8 +39,22 @@ from train.scale import (
 BENCH = "eval.bench.Bench"
 
 
+@dataclass
+class Bill:
+    """What the runs of a sweep come to that this process plans: the stages to do, each once, by
+    their folders."""
+
+    runs: int = 0
+    stages: dict[Path, Planned] = field(default_factory=dict)
+    found: dict[Path, Estimate] = field(default_factory=dict)
+
+
+BILL = Bill()
+
+
 def show(name: str, config: dict[str, Any], stages: list[Planned], root: Path) -> None:
-    """Prints the plan of a recipe; with `hardware`, also what it would take on such GPUs."""
+    """Prints the plan of a recipe; with `hardware`, also what it would take on such GPUs. Of a
+    sweep's run only what runs before it have not: `whole` ends them."""
     launch: Launch = build(config["launch"])
     shape = shape_of_target(config["target"], stages)
     print(f"recipe {name}: {len(stages)} stages; nothing is started")
@@ -50,7 +68,12 @@ def show(name: str, config: dict[str, Any], stages: list[Planned], root: Path) -
         size = f"{count:,} parameters ({count / shape.parameters():.1%})" if count else "not known"
         print(f"drafter: {config['drafter']['_target_']}, {size}")
     found = {}
+    new = [stage for stage in stages if stage.folder not in BILL.stages]
     for stage in stages:
+        if stage not in new:
+            found[stage.name] = BILL.found[stage.folder]
+            print(f"\n  {stage.name}: as in a run before, {stage.folder}")
+            continue
         found[stage.name] = estimate(
             stage, shape, launch.world, rehearsed=not hardware, drafter=config.get("drafter")
         )
@@ -61,13 +84,30 @@ def show(name: str, config: dict[str, Any], stages: list[Planned], root: Path) -
         for line in [] if stage.done else changes(stage):
             print(f"    {line}")
     print(*forecast(config, stages, root, shape), sep="\n", end="")
-    print(f"\nto do: {_total([found[stage.name] for stage in stages if not stage.done])}")
+    print(f"\nto do: {_total([found[stage.name] for stage in new if not stage.done])}")
+    several = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    if several:
+        BILL.runs += 1
+        BILL.stages |= {stage.folder: stage for stage in new}
+        BILL.found |= {stage.folder: found[stage.name] for stage in new}
     if hardware and shape:
         ranks = launch.world
         lines = elsewhere(hardware, stages, shape, ranks)
         print(*lines, *too_large(build(hardware), stages, shape, ranks, found), sep="\n")
-    else:
+    elif not several:
         print(*findings(stages, launch, root, found), sep="\n")
+
+
+def whole(launch: Launch, root: Path) -> Iterator[str]:
+    """Lines that end the plans of a sweep: what all its runs take, stages that they share once."""
+    if not BILL.runs:
+        return
+    todo = [
+        replace(stage, name=folder.name) for folder, stage in BILL.stages.items() if not stage.done
+    ]
+    found = {stage.name: BILL.found[stage.folder] for stage in todo}
+    yield f"\nthe sweep: {BILL.runs} runs, {len(todo)} stages to do: {_total(list(found.values()))}"
+    yield from findings(todo, launch, root, found)
 
 
 def forecast(

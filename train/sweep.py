@@ -110,7 +110,7 @@ class Sweep:
 
     def file_of(self, overrides: dict[str, str]) -> Path:
         """The note of the job with these swept words."""
-        return self.folder / "jobs" / f"{_hex(sorted(overrides.items()), 12)}.json"
+        return self.folder / "jobs" / f"{short_hash(sorted(overrides.items()), 12)}.json"
 
     def notes(self) -> list[dict[str, Any]]:
         """What its jobs have left, of all starts, in the order of their numbers."""
@@ -132,7 +132,7 @@ def folder_of(
     two sweeps never write the same notes, and other values of the same axes are added to theirs."""
     kept = sorted(word for word in fixed if not FREE.fullmatch(word.partition("=")[0].lstrip("+~")))
     apart = [*sorted(axes), *kept]
-    parts = [recipe, *([preset] if preset else []), *([_hex(apart, 8)] if apart else [])]
+    parts = [recipe, *([preset] if preset else []), *([short_hash(apart, 8)] if apart else [])]
     return inside(root, "sweeps", "-".join(parts))
 
 
@@ -227,14 +227,21 @@ def _done(file: Path) -> dict[str, Any] | None:
         return None
 
 
-def _value(stages: dict[str, str], maximises: str) -> float | None:
-    """Of the last stage whose result has it."""
-    for folder in reversed(stages.values()):
+def numbers(stages: dict[str, str], maximises: str) -> dict[str, float]:
+    """What the stages that are done have measured: STAGE/KEY -> number, and under its own name what
+    a sweep maximises, of the last stage that has it."""
+    found: dict[str, float] = {}
+    for name, folder in stages.items():
         file = Path(folder) / "result.json"
         result = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if maximises in result:
-            return float(result[maximises])
-    return None
+        told = {key: float(v) for key, v in result.items() if isinstance(v, int | float)}
+        found |= {f"{name}/{key}": value for key, value in told.items()}
+        found |= {key: value for key, value in told.items() if key == maximises}
+    return found
+
+
+def _value(stages: dict[str, str], maximises: str) -> float | None:
+    return numbers(stages, maximises).get(maximises)
 
 
 def told(sweep: Sweep) -> list[str]:
@@ -277,5 +284,6 @@ def _short(path: Path) -> str:
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _hex(words: list[Any], digits: int) -> str:
+def short_hash(words: list[Any], digits: int) -> str:
+    """So many hex digits of what is JSON in these words."""
     return hashlib.sha256(json.dumps(words, ensure_ascii=False).encode()).hexdigest()[:digits]

@@ -1,6 +1,7 @@
 """One composed recipe, run: all of a plain command, or one job of a sweep, which may be in another
 process or on another machine than the command."""
 
+import json
 import os
 import sys
 import traceback
@@ -14,9 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.secrets import guard, redacted, refuse
-from train.compose import check_name, resolvers, unknown
+from train.compose import bind, build, check_name, resolvers, unknown
 from train.mistakes import explain
-from train.sweep import BAD_INPUT, OWN, STOPPED, Job, Sweep
+from train.sweep import BAD_INPUT, OWN, PAUSED, STOPPED, Job, Sweep, numbers, short_hash
+from train.track import outcome
 
 BUG = 1
 SWITCHES = ("plan", "view", "advise")  # they train nothing, and leave no note
@@ -41,9 +43,17 @@ def task(config: DictConfig) -> float | None:
     except ValueError as error:
         print(f"error: {redacted(str(error))}", file=sys.stderr)
         sys.exit(BAD_INPUT)
+    leads = not int(os.environ.get("RANK", 0))
+    trains = leads and not any(settings[switch] for switch in SWITCHES)
+    if trains:
+        os.environ["DRAFTSMITH_RUN"] = name
     code, value = _runner(settings)(name, settings)
     if code:
         sys.exit(code)
+    if trains:
+        root = Path(str(settings["output_dir"] or "outputs")).resolve()
+        stages = json.loads((root / f"{name}.json").read_text(encoding="utf-8"))
+        _tell(settings, root, name, {"stages": stages, "code": code})
     return value
 
 
@@ -120,4 +130,25 @@ def _job(config: DictConfig, here: HydraConf) -> float | None:
     value = job.end(code)
     if code in STOPPED:
         sys.exit(code)
+    told = {key: OmegaConf.to_container(config[key], resolve=True) for key in ("tracker", "sweep")}
+    _tell(told, sweep.folder, sweep.folder.name, job.note | {"code": code})
     return value
+
+
+def _tell(config: dict[str, Any], folder: Path, name: str, note: dict[str, Any]) -> None:
+    """Gives a remote tracker what a recipe or job has come to: what its stages have measured, and
+    of a job of a sweep what it differs in, where it paused and why it failed."""
+    tracker = config["tracker"]
+    try:
+        bind(tracker, "tracker")
+    except ValueError:  # which its stages have said
+        return
+    values = numbers(note["stages"], config["sweep"]["maximises"])
+    if note["code"]:  # an earlier stage's is not what the table ranks by
+        values.pop(config["sweep"]["maximises"], None)
+    for tokens, tau in note.get("rungs", [])[-1:]:
+        values |= {"rung/tokens": tokens} | ({} if tau is None else {"rung/tau": tau})
+    told = {key: note[key] for key in ("overrides", "error", "stages") if note.get(key)}
+    made = [note.get("overrides"), *(Path(place).name for place in note["stages"].values())]
+    failed = 0 if note["code"] == PAUSED else note["code"]
+    outcome(build(tracker), folder, f"{name}-{short_hash(made, 12)}", told, values, failed)

@@ -361,9 +361,12 @@ def test_a_sweep_that_cannot_be_halved_is_one_sentence(word: str, said: str, tmp
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_plan_of_a_sweep_trains_and_halves_nothing(tmp_path: Path, capsys):
+def test_a_plan_of_a_sweep_says_what_halving_takes_and_trains_nothing(tmp_path: Path, capsys):
     assert len(swept(tmp_path, "plan=true", f"{LR}=1e-4,1e-3")) == 2
-    assert "halving" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "halving: 2 jobs" in said
+    assert "rung 1 (" not in said
+    assert not list(tmp_path.glob("sweeps/*/jobs/*"))
 
 
 def test_the_training_that_is_paused_is_the_one_that_no_other_starts_from(tmp_path: Path):

@@ -27,17 +27,17 @@ from drafters.lm import LM
 from tests.test_pipeline import questions
 from tests.train.composing import ROOT, command
 from train import __main__ as command_line
-from train import plugins
+from train import plugins, show, track
 from train.axes import families, spaced, times
 from train.candidates import count, empty
 from train.compose import refuse_commands, resolvers
 from train.grid import _named, axes_of, base_word, words_of
 from train.launch import Launch
+from train.passes import Estimate
 from train.plan import Planned, plan
 from train.processes import lock
 from train.seal import seal
 from train.sweep import Job, Sweep, folder_of, told
-from train.track import Wandb
 
 LR = "stages.finetune.optim.lr"
 PRESETS = sorted(p.stem for p in (ROOT / "conf" / "sweep").glob("*.yaml"))
@@ -96,6 +96,17 @@ def sweep(folder: Path, *words: str) -> int:
     return run_command(*mine, *WITHOUT, *words)
 
 
+def diverge(folder: Path) -> int:
+    """What a finetune does that fails, and `pause` what one does that halving pauses."""
+    write_json(folder / "failed.json", {"code": 3, "error": "the loss is no number. Lower it"})
+    return 3
+
+
+def pause(folder: Path) -> int:
+    write_json(folder / "rungs.json", [[512, 1.25]])
+    return 75
+
+
 def notes(folder: Path) -> dict[str, dict[str, Any]]:
     """The learning rate of each job -> its note."""
     found = [json.loads(f.read_text("utf-8")) for f in folder.glob("sweeps/*/jobs/*.json")]
@@ -123,18 +134,37 @@ def test_jobs_leave_notes_and_the_table_is_read_from_them(stages, tmp_path: Path
     assert not list(tmp_path.glob("quickstart*.json")), "a plain run's note is its own"
 
 
+@pytest.mark.parametrize(
+    "more", ["", "hydra/launcher=submitit_slurm", "hydra/sweeper=optuna hydra.sweeper.n_trials=9"]
+)
+def test_the_plan_of_a_sweep_has_what_its_runs_share_once(
+    more: str, stages, tmp_path: Path, monkeypatch, capsys
+):
+    """Whatever launcher or sampler would run it, the plan is made here, and nothing is left."""
+    monkeypatch.setattr(show, "BILL", show.Bill())
+    asked: list[str] = []
+
+    def price(stage: Planned, *_: Any, **__: Any) -> Estimate:
+        asked.append(stage.name)
+        return Estimate("", disk=2**30, seconds=(60.0, 60.0))
+
+    monkeypatch.setattr(show, "estimate", price)
+    assert sweep(tmp_path / "out", f"{LR}=0.1,0.2,0.3", "plan=true", *more.split()) == 0
+    said = capsys.readouterr().out
+    runs = 1 if "optuna" in more else 3
+    assert asked == ["target", "pretrain", "generate", *["finetune"] * runs]
+    assert said.count("as in a run before") == 3 * (runs - 1)
+    total = f"the sweep: {runs} runs, {3 + runs} stages to do: about {3 + runs}.0 GiB of disk"
+    assert f"{total} and about {3 + runs}.0 minutes" in said
+    assert said.count("disk: ") == 1, "of all runs at once"
+    assert stages.ran == []
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_job_that_fails_does_not_lose_the_others(stages, tmp_path: Path, capsys):
     """Nor does a bad value, a bug, or a training that halving has paused."""
 
-    def fail(folder: Path) -> int:
-        write_json(folder / "failed.json", {"code": 3, "error": "the loss is no number. Lower it"})
-        return 3
-
-    def pause(folder: Path) -> int:
-        write_json(folder / "rungs.json", [[512, 1.25]])
-        return 75
-
-    stages.faults |= {0.2: fail, 0.4: pause, 0.5: lambda folder: 1 // 0}
+    stages.faults |= {0.2: diverge, 0.4: pause, 0.5: lambda folder: 1 // 0}
     assert sweep(tmp_path, f"{LR}=0.2,0.4,-1,0.5,0.3") == 3
     found = notes(tmp_path)
     codes = {rate: note["code"] for rate, note in found.items()}
@@ -572,15 +602,80 @@ def test_a_preset_names_keys_to_sweep_and_nothing_else_of_hydras(case: str, tmp_
         refuse_commands(elsewhere)
 
 
-def test_wandb_groups_the_runs_of_a_sweep(tmp_path: Path, monkeypatch):
-    told: dict[str, Any] = {}
-    fake = type("wandb", (), {"init": lambda **given: told.update(given), "Settings": dict})
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+class Wandb:
+    """Stands for the package: keeps the runs that were asked of it."""
+
+    Settings = dict
+
+    def __init__(self) -> None:
+        self.runs: list[dict[str, Any]] = []
+
+    def init(self, **given: Any) -> "Wandb":
+        self.runs.append(given | {"numbers": {}})
+        return self
+
+    def log(self, values: dict[str, float], step: int | None) -> None:
+        self.runs[-1]["numbers"] |= values
+
+    def finish(self, exit_code: int) -> None:
+        self.runs[-1]["code"] = exit_code
+
+
+def test_wandb_tells_the_story_of_the_local_table(stages, tmp_path: Path, monkeypatch, capsys):
+    """One group; a run for each job, of those that failed, paused or trained nothing anew too, with
+    the number that the table ranks by."""
+
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    stages.faults |= {0.2: diverge, 0.4: pause}
+    words = ("tracker=wandb", f"{LR}=0.1,0.2,0.3,0.4")
+    assert sweep(tmp_path, *words) == 3
+    (folder,) = (tmp_path / "sweeps").iterdir()
+    runs = {run["config"]["overrides"][LR]: run for run in wandb.runs}
+    assert {(run["group"], run["job_type"]) for run in wandb.runs} == {(folder.name, "outcome")}
+    assert [run["name"] for run in wandb.runs] == [
+        f"outcome {LR}={x}" for x in (0.1, 0.2, 0.3, 0.4)
+    ]
+    assert {x: run["code"] for x, run in runs.items()} == {"0.1": 0, "0.2": 3, "0.3": 0, "0.4": 0}
+    table = capsys.readouterr().out.split("best first:\n")[1].splitlines()
+    ranked = sorted(
+        (run["numbers"]["validation_tau"], x)
+        for x, run in runs.items()
+        if "validation_tau" in run["numbers"]
+    )
+    assert [f"{value:9.4g}  {LR}={x}".split() for value, x in ranked[::-1]] == [
+        line.split() for line in table[:2]
+    ]
+    assert runs["0.1"]["numbers"]["target/seconds"] == 1
+    assert runs["0.2"]["config"]["error"] in table[2], "the sentence of the table"
+    assert runs["0.4"]["numbers"]["rung/tau"] == 1.25
+    first = [run["id"] for run in wandb.runs]
+    assert sweep(tmp_path, *words) == 3
+    assert [run["id"] for run in wandb.runs[4:]] == first, "and goes on with the same runs"
+
+
+def test_wandb_has_the_numbers_of_a_plain_recipe_too(stages, tmp_path: Path, monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    words = ["recipe=quickstart", "tracker=wandb", f"output_dir={tmp_path}", f"{LR}=0.1", *WITHOUT]
+    assert run_command(*words, "plan=true") == 0
+    assert wandb.runs == []
+    assert run_command(*words) == 0
+    (run,) = wandb.runs
+    assert (run["group"], run["name"]) == (None, "outcome quickstart")
+    assert run["numbers"]["finetune/validation_tau"] == 1.1
+
+
+def test_a_training_of_a_sweep_is_in_its_group(tmp_path: Path, monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     job = Job(Sweep(tmp_path / "ko-lr", "ko", "lr", "x", (LR,), ""), [f"{LR}=0.1", "seed=3"], 0)
     for name, value in job.environment().items():
         monkeypatch.setenv(name, value)
-    Wandb().open(tmp_path, {"name": "finetune"})
-    assert (told["group"], told["name"]) == ("ko-lr", f"finetune {LR}=0.1")
+    track.Wandb().open(tmp_path, "finetune-01", {"name": "finetune"})
+    (run,) = wandb.runs
+    assert (run["group"], run["name"]) == ("ko-lr", f"finetune {LR}=0.1")
+    assert (run["id"], run["job_type"]) == ("finetune-01", "finetune")
 
 
 # ---- for real

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import sys
 import threading
 import types
@@ -14,7 +15,7 @@ import torch
 
 from tests.train.looping import STEPS, counting, curve, family, lines, loop_of, same, step_of
 from train import track
-from train.track import Jsonl, Tracker, Wandb
+from train.track import Jsonl, Tracker, Wandb, outcome
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +36,10 @@ class Remote(Jsonl):
 
     def __init__(self, where: str = "", what: Any = None) -> None:
         self.where, self.what = where, what
-        self.got: list[tuple[int, dict[str, float]]] = []
+        self.got: list[tuple[int | None, dict[str, float]]] = []
         self.finished = False
+        self.opened: tuple[Path, str, dict[str, Any]] | None = None
+        self.code: int | None = None
 
     def _at(self, place: str) -> None:
         if place != self.where:
@@ -45,18 +48,19 @@ class Remote(Jsonl):
             raise self.what
         self.what.wait()
 
-    def open(self, folder: Path, config: dict[str, Any]) -> Any:
+    def open(self, folder: Path, run: str, config: dict[str, Any]) -> Any:
         self._at("open")
+        self.opened = (folder, run, config)
         return self
 
-    def log(self, values: dict[str, float], step: int) -> None:
+    def log(self, values: dict[str, float], step: int | None) -> None:
         if len(self.got) == 3:
             self._at("log")
         self.got.append((step, values))
 
-    def finish(self) -> None:
+    def finish(self, exit_code: int) -> None:
         self._at("finish")
-        self.finished = True
+        self.finished, self.code = True, exit_code
 
 
 def logged(folder: Path, remote: Jsonl, count: int = 9) -> list[dict[str, Any]]:
@@ -206,8 +210,21 @@ def test_wandb_goes_on_with_the_same_run(tmp_path: Path, monkeypatch):
     for _ in range(2):
         logged(folder, Wandb(), count=1)
     assert [given["id"] for given in asked] == [folder.name] * 2
+    assert {given["job_type"] for given in asked} == {"finetune"}
     assert all(given["resume"] == "allow" and given["mode"] == "offline" for given in asked)
     assert asked[0]["config"] == {"name": "finetune"}
+
+
+def test_what_a_recipe_has_come_to_is_a_run_of_its_own(tmp_path: Path, capfd):
+    remote = Remote()
+    outcome(remote, tmp_path, "ko-lr-01", {"stages": {}}, {"tau_T0": 2.0, "b": math.inf}, 3)
+    assert remote.opened == (tmp_path, "ko-lr-01", {"name": "outcome", "stages": {}})
+    assert remote.got == [(None, {"tau_T0": 2.0})], "as a summary, of no step"
+    assert remote.code == 3, "which wandb shows as failed"
+    outcome(Remote("open", ConnectionError("no route")), tmp_path, "x", {}, {}, 0)
+    assert "no route); the files are whole" in capfd.readouterr().err
+    outcome(Jsonl(), tmp_path, "x", {}, {}, 0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_wandb_that_is_not_there_is_a_warning(tmp_path: Path, monkeypatch, capfd):
