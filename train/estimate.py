@@ -4,7 +4,8 @@ Disk is arithmetic. Memory and time of a training step are measured on random we
 shapes where that takes a second or two (train/probe.py); else they are arithmetic too.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ def estimate(
             plan = made.schedule
             said = "sizes are not known while the Hub cannot be reached"
             return Estimate(said, plan.steps * plan.batch_tokens, plan.steps)
-        found = rehearse(made, learner, shape) if rehearsed else None
+        found = _once(stage.config, made, learner, shape) if rehearsed else None
         return training(learner, shape, ranks, found)
     if isinstance(made, Generate):
         return generating(made, shape, ranks, rehearsed)
@@ -185,6 +186,21 @@ def _weights(target: Pretrained, shape: Shape, ranks: int, cached: bool) -> int:
     if cached:
         return found.borrowed
     return found.sharded if target.parallel else found.replicated
+
+
+MEASURED: dict[str, Measured | None] = {}  # of this process: the runs of a sweep share steps
+
+
+def _once(
+    config: dict[str, Any], made: BaseTarget | Distill, learner: Learner, shape: Shape
+) -> Measured | None:
+    """`rehearse`, once for all stages whose steps are the same work."""
+    parts = [config.get(name) for name in ("drafter", "objective", "target")]
+    work = [asdict(learner.work), learner.schedule.dtype, learner.passes, asdict(shape)]
+    key = json.dumps([*parts, *work], sort_keys=True, default=str)
+    if key not in MEASURED:
+        MEASURED[key] = rehearse(made, learner, shape)
+    return MEASURED[key]
 
 
 def rehearse(made: BaseTarget | Distill, learner: Learner, shape: Shape) -> Measured | None:

@@ -106,7 +106,8 @@ def whole(launch: Launch, root: Path) -> Iterator[str]:
         replace(stage, name=folder.name) for folder, stage in BILL.stages.items() if not stage.done
     ]
     found = {stage.name: BILL.found[stage.folder] for stage in todo}
-    yield f"\nthe sweep: {BILL.runs} runs, {len(todo)} stages to do: {_total(list(found.values()))}"
+    takes = _total(list(found.values()))
+    yield f"\nall {BILL.runs} runs to their end: {len(todo)} stages to do, {takes}"
     yield from findings(todo, launch, root, found)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,26 @@ def test_arithmetic_stands_in_where_nothing_is_measured(place: Path):
     assert reckoned.memory == pytest.approx(measured.memory, rel=0.3)
     assert reckoned.disk == measured.disk == disk(learner)
     assert (reckoned.measured, measured.measured) == (False, True)
+
+
+def test_stages_with_the_same_steps_are_measured_once(place: Path, monkeypatch: pytest.MonkeyPatch):
+    """A learning rate or more tokens change no step; a drafter, a loss and a micro-batch do."""
+    measured: list[Any] = []
+    monkeypatch.setattr(estimating, "MEASURED", {})
+    monkeypatch.setattr(estimating, "rehearse", lambda *given: measured.append(given))
+    plain = stage(place)
+
+    def priced(**changes: Any) -> int:
+        planned = replace(plain, config=plain.config | changes)
+        estimate(planned, shape_of(plain))
+        return len(measured)
+
+    schedule = plain.config["schedule"]
+    assert priced() == priced(optim={"_target_": "train.schedule.AdamW", "lr": 0.1}) == 1
+    assert priced(schedule=schedule | {"tokens": 9 * schedule["tokens"]}) == 1
+    assert priced(drafter=plain.config["drafter"] | {"heads": 3}) == 2
+    assert priced(objective={"_target_": "train.objectives.ReverseKL"}) == 3
+    assert priced(schedule=schedule | {"micro_batch": 1}) == 4
 
 
 def test_a_large_target_is_not_made(place: Path, monkeypatch: pytest.MonkeyPatch):

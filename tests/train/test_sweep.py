@@ -154,7 +154,7 @@ def test_the_plan_of_a_sweep_has_what_its_runs_share_once(
     runs = 1 if "optuna" in more else 3
     assert asked == ["target", "pretrain", "generate", *["finetune"] * runs]
     assert said.count("as in a run before") == 3 * (runs - 1)
-    total = f"the sweep: {runs} runs, {3 + runs} stages to do: about {3 + runs}.0 GiB of disk"
+    total = f"all {runs} runs to their end: {3 + runs} stages to do, about {3 + runs}.0 GiB of disk"
     assert f"{total} and about {3 + runs}.0 minutes" in said
     assert said.count("disk: ") == 1, "of all runs at once"
     assert stages.ran == []
