@@ -27,6 +27,10 @@ class Form:
     parts: Callable[[Array, Any], Sequence[Any]]
     bends: Callable[[Array], Array] | None = None
 
+    def columns(self, x_X: Array) -> Array:
+        """(X, C), by which coefficients are multiplied; of a family without a bend."""
+        return np.stack(np.broadcast_arrays(*self.parts(x_X, 1.0)), -1)
+
     @property
     def count(self) -> int:
         """Coefficients, C."""
@@ -104,6 +108,13 @@ def aicc(squares: float, n: int, count: int) -> float | None:
         return None
     mean = max(squares / n, 1e-12)  # a perfect fit
     return float(n * np.log(mean) + 2 * k + 2 * k * (k + 1) / (n - k - 1))
+
+
+def spread(found: Fit, x_N: Array, sd_N: Array) -> Array:
+    """(C, C): covariance of the coefficients of a family without a bend, by the residuals."""
+    scaled_NC = FORMS[found.form].columns(x_N) / sd_N[:, None]
+    inverse_CC = np.asarray(np.linalg.inv(scaled_NC.T @ scaled_NC), dtype=np.float64)
+    return inverse_CC * (found.squares / found.left)
 
 
 def drawn(found: Fit, x_N: Array, y_N: Array, sd_N: Array) -> Array:

@@ -20,10 +20,11 @@ import numpy as np
 from scipy import stats
 
 from eval.bootstrap import CONFIDENCE, Array
-from eval.curves import FORMS, Fit, aicc, drawn, edges, least
+from eval.curves import FORMS, Fit, aicc, drawn, edges, least, spread
 
 MARGIN = 4.0  # of AICc: the asked form then has a seventh of the other's weight (Akaike weights)
 LEAST = 3  # points of a law
+ARRAYS = ("coefficients", "draws", "spread")
 FORMS_TRIED = ("power", "saturating")
 Z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
 
@@ -42,8 +43,9 @@ class Law:
     """A fitted law.
 
     of, against: what follows what; form, coefficients: a key of FORMS and its letters, in order;
-    draws_RC: the same from data drawn anew; range: the least and largest x; residual: root mean
-    square of y - law over the degrees of freedom, in units of y; r_squared: with the fit's weights;
+    draws_RC: the same from data drawn anew, of a form with a bend; spread_CC: their covariance, of
+    one without; left: degrees of freedom; range: the least and largest x; residual: root mean
+    square of y - law over these degrees, in units of y; r_squared: with the fit's weights;
     n: runs; conditions: what all runs had in common. asked: the form that was asked for; aicc: of
     every form that n points can judge; said: what that means; scatter: standard deviation between
     runs beyond their intervals; lack_of_fit: p of the F test against repeated x, None without any;
@@ -55,6 +57,8 @@ class Law:
     form: str
     coefficients: Array
     draws: Array
+    spread: Array
+    left: int
     range: tuple[float, float]
     residual: float
     r_squared: float
@@ -76,14 +80,28 @@ class Law:
     def along(self, x_X: Array) -> tuple[Array, Array, Array]:
         """The curve and the lower and upper edge of its 95 % band, X values each."""
         form = FORMS[self.form]
+        if not form.bends:
+            return self._student(form.columns(x_X))
         value = form.curve(self.coefficients[None], x_X)[0]
         return value, *edges(form.curve(self.draws, x_X))
+
+    def _student(self, rows_XC: Array) -> tuple[Array, Array, Array]:
+        """These sums of the coefficients with Student's 95 % intervals."""
+        value = rows_XC @ self.coefficients
+        half = np.sqrt(np.einsum("xc,cd,xd->x", rows_XC, self.spread, rows_XC))
+        half *= stats.t.ppf((1 + CONFIDENCE) / 2, self.left)
+        return value, value - half, value + half
 
     def slope(self) -> Band:
         """The mean rise over the measured range, for each unit of the asked form (ten times x,
         twice x, x + 1): b itself where the law has the asked form."""
         ends = np.array(self.range)
         span = np.subtract(*FORMS[self.asked].parts(ends, None)[1][::-1])
+        if not FORMS[self.form].bends:
+            first, last = FORMS[self.form].columns(ends)
+            found = self._student((last - first)[None] / span)
+            rise, least, most = (float(each[0]) for each in found)
+            return Band(rise, least, most, False)
         rows = np.concatenate([self.coefficients[None], self.draws])
         rises = FORMS[self.form].curve(rows, ends)
         slopes = ((rises[:, 1] - rises[:, 0]) / span)[:, None]
@@ -92,19 +110,20 @@ class Law:
 
     def told(self) -> dict[str, Any]:
         """JSON-able; `Law.of_told` reads it."""
-        rounded = {name: _rounded(getattr(self, name)) for name in ("coefficients", "draws")}
+        rounded = {name: _rounded(getattr(self, name)) for name in ARRAYS}
         return asdict(self) | rounded | {"range": list(self.range)}
 
     @classmethod
     def of_told(cls, told: dict[str, Any]) -> Law:
         """What `told` wrote; ValueError for another shape."""
         try:
-            given = told | {name: np.array(told[name]) for name in ("coefficients", "draws")}
+            given = told | {name: np.array(told[name], dtype=float) for name in ARRAYS}
             made = cls(**given | {"range": (float(told["range"][0]), float(told["range"][1]))})
             count = FORMS[made.form].count
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"this is not a law as laws.json has them: {error!r}") from None
-        if made.coefficients.shape != (count,) or made.draws.shape[1:] != (count,):
+        doubt = made.draws.shape[1:] if FORMS[made.form].bends else made.spread.shape[1:]
+        if made.coefficients.shape != (count,) or doubt != (count,):
             raise ValueError(f"a law of form {made.form} has {count} coefficients, this has not")
         return made
 
@@ -130,9 +149,9 @@ def fit(
     extrapolates. It charges a third coefficient so much there that a curve has to be plain to see,
     and is undefined below 5 points (6 for a form of three): then nothing is said of forms.
 
-    Bands: with the form fixed, every y is drawn anew as law + normal noise of its own standard
-    deviation, on the scale of the residuals, itself drawn (scaled inverse chi-square), and the law
-    is fitted again. For forms without a bend that is Student's interval of least squares.
+    Bands are Student's of least squares for forms without a bend. For others, with the form fixed,
+    every y is drawn anew as law + normal noise of its own standard deviation, on the scale of the
+    residuals, itself drawn (scaled inverse chi-square), and the law is fitted again.
 
     Raises ValueError below three points, or where x has fewer different values than needed.
     """
@@ -156,7 +175,7 @@ def fit(
         against=against,
         form=best,
         coefficients=chosen.coefficients,
-        draws=drawn(chosen, x_N, y_N, sd_N),
+        **_doubt(chosen, x_N, y_N, sd_N),
         range=(float(x_N.min()), float(x_N.max())),
         residual=float(np.sqrt(np.sum(chosen.residuals**2) / chosen.left)),
         r_squared=_r_squared(chosen, y_N, sd_N),
@@ -169,6 +188,16 @@ def fit(
         lack_of_fit=_lack_of_fit(chosen, x_N, y_N, sd_N),
         points=_points(names, x_N, y_N, low, high, chosen.residuals),
     )
+
+
+def _doubt(found: Fit, x_N: Array, y_N: Array, sd_N: Array) -> dict[str, Any]:
+    """What the band is made of."""
+    bent, nothing = FORMS[found.form].bends is not None, np.zeros((0, 0))
+    return {
+        "draws": drawn(found, x_N, y_N, sd_N) if bent else nothing,
+        "spread": nothing if bent else spread(found, x_N, sd_N),
+        "left": found.left,
+    }
 
 
 def _deviations(low: Sequence[float | None], high: Sequence[float | None]) -> Array:
@@ -185,7 +214,7 @@ def _deviations(low: Sequence[float | None], high: Sequence[float | None]) -> Ar
 def _scatter(form: str, x_N: Array, y_N: Array, own_N: Array) -> float:
     """Standard deviation between runs that their intervals do not explain, by moments."""
     found = least(form, x_N, y_N, own_N)
-    design = np.stack(np.broadcast_arrays(*FORMS[form].parts(x_N, 1.0)), 1)
+    design = FORMS[form].columns(x_N)
     w = 1 / own_N**2
     inverse = np.linalg.pinv(design.T @ (w[:, None] * design))
     spare = w.sum() - np.trace(inverse @ (design.T @ ((w**2)[:, None] * design)))
@@ -249,4 +278,4 @@ def _points(
 
 def _rounded(values: Array) -> Any:
     """Eight digits: a law's curve is a difference of terms larger than itself."""
-    return np.vectorize(lambda v: float(f"{v:.8g}"))(values).tolist()
+    return np.vectorize(lambda v: float(f"{v:.8g}"), otypes=[float])(values).tolist()

@@ -17,9 +17,9 @@ from eval.swept import Run, Sweep
 
 RESAMPLES = 2000  # of the prompts, for each run beside the best one
 DEFINITIONS = {
-    "interval": "95 %. Of a run: bench's bootstrap over its prompts. Of a law and its slope: the "
-    "runs drawn anew about the law, on the scale of its residuals, and fitted again; for laws "
-    "without a bend this is Student's interval of least squares. It is of the mean of trainings "
+    "interval": "95 %. Of a run: bench's bootstrap over its prompts. Of a law and its slope: "
+    "Student's interval of least squares, on the scale of the residuals; of a law with a bend the "
+    "runs drawn anew about it, and fitted again. It is of the mean of trainings "
     "like these on these prompts: on other prompts the level is as uncertain as one run's.",
     "law": "weighted least squares; a run weighs 1 / (s^2 + t^2), with s from its interval and t "
     "the scatter between runs that their intervals do not explain. Fitted to runs whose "

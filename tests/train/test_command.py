@@ -307,7 +307,8 @@ def test_a_sweep_shares_what_the_swept_key_cannot_change(tmp_path: Path):
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    folders = [x.split(", ")[1] for x in done.stdout.splitlines() if ": to do, " in x]
+    said = [x for x in done.stdout.splitlines() if re.match("  [a-z_]+: (to do|as in a run)", x)]
+    folders = [line.split(", ")[1] for line in said]
     count = {s: sum(f"/{s}-" in f for f in folders) for s in ("target", "pretrain", "generate")}
     assert count == {"target": 2, "pretrain": 2, "generate": 2}
     for stage, different in {
