@@ -62,6 +62,7 @@ def benched(bench: Path, stages: Path) -> Row:
         **{"target": known["target_revision"], "costs": known.get("costs", {}), "bench": bench},
         "draft_length": drawn.get("draft_length") if tree is None else tree.depth,
         "draft_shape": known.get("draft_shape"),
+        "other_work": known.get("other_work"),
         "conditions": _conditions(bench, known),
         "held": dict(_held(bench, "", stages)),
         **_trained(bench, stages),

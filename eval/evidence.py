@@ -13,6 +13,7 @@ from eval import controls, cost, law, ties
 from eval.alpha import alphas
 from eval.arms import AUTOREGRESSIVE, DRAFTER, LOSSY, Arm
 from eval.change import changed
+from eval.others import cores, taken
 from eval.prompts import Prompt
 from eval.ranks import Row
 from eval.shapes import Shape
@@ -37,6 +38,9 @@ def gathered(
     checks, agreement = of_the_runs(runs, prompts, arms, exact, limit)
     told = conditions(model, ours, len(prompts)) | {"agreement": agreement}
     told |= explanation(model, ours, shape, prompts, runs)
+    needed = told["threads"] if model.device.type == "cpu" else 1
+    busy = taken(runs, needed, len(cores()))
+    told |= {} if busy is None else {"other_work": busy}
     if decoded is not model:
         told["target_change"] = changed(model, decoded, [p.ids for p in prompts], limit, seed)
     return checks, told

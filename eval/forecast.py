@@ -79,8 +79,10 @@ class Speed:
 
 
 def speed_of(runs: Sequence[Known], machine: str) -> Speed | None:
-    """From the runs that were measured on this machine; None where they are too few."""
-    mine = [r for r in runs if r.machine == machine and r.speedup and r.token and r.verify]
+    """From the runs that were measured on this machine, without other work; None where they are
+    too few."""
+    quiet = [run for run in runs if run.machine == machine and run.quiet]
+    mine = [run for run in quiet if run.speedup and run.token and run.verify]
     if len(mine) <= SPARE:
         return None
     sizes = sorted(set.intersection(*(set(run.verify) for run in mine)))

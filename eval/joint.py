@@ -72,7 +72,7 @@ class Known:
     bench: the name of its stage's folder; prompts: what it was asked, and how long answers may be;
     length: of its chain; token: milliseconds of a drafted token; verify: v by m, and overhead,
     milliseconds; rate: training tokens a second; machine: what the times hold for; setting: what
-    the law has no term for (eval/known.py).
+    the law has no term for (eval/known.py); quiet: whether its times may be used (eval/others.py).
     """
 
     of: Asked
@@ -88,6 +88,7 @@ class Known:
     rate: float | None
     machine: str
     setting: tuple[str, str] = ("", "")
+    quiet: bool = True
 
     @property
     def decoding(self) -> float:

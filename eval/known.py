@@ -17,6 +17,7 @@ from typing import Any
 
 from eval.ancestry import read_json
 from eval.joint import Asked, Interval, Known
+from eval.others import LITTLE
 
 LAWS = "sweeps/*/report/laws.json"  # in an output folder
 AXES = re.compile(
@@ -159,6 +160,7 @@ def known_of(row: Mapping[str, Any], sweep: str) -> Known | None:
         rate=row["train_tokens_per_second"],
         machine=machine(said["machine"], said["threads"]),
         setting=(last, rest),
+        quiet=(row.get("other_work") or 0.0) <= LITTLE,
     )
 
 

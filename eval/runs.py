@@ -11,6 +11,7 @@ from decoding.loop import Decoded
 from decoding.ranks import Ranks
 from decoding.sampling import Sampling
 from eval.arms import Arm
+from eval.others import Others
 from eval.prompts import Prompt
 from eval.ranks import KEYS, Row, Rows
 
@@ -33,8 +34,10 @@ def measure(
 
     Each rank records its share; a warm arm's runs depend on those before, so each makes them all.
     Runs that stand in `kept` already are not made again, but for those of a warm arm whose repeat
-    was cut short: what it had learnt went with the process.
+    was cut short: what it had learnt went with the process. A single rank notes what others did
+    on the machine meanwhile; of several each would take the rest for others.
     """
+    others = Others() if ranks.world == 1 else None
     with (
         Rows(kept, ranks, arms=list(arms), cells=cells) as rows,
         tqdm(total=len(cells) + 1e-6, desc="bench", bar_format=BAR, disable=not ranks.first) as bar,
@@ -64,7 +67,8 @@ def measure(
                         together = [prompts[i] for i in group]
                         answered = arm.answer(together, sampling, max_new_tokens)
                         if mine:
-                            rows.add(row(place, group, prompts, answered))
+                            made = row(place, group, prompts, answered)
+                            rows.add(made | ({"others": others.since()} if others else {}))
                     bar.update(1 / (repeats * len(groups)))
             rows.meet()
         return rows.rows

@@ -7,12 +7,14 @@ from typing import Any
 
 from eval.bootstrap import NO_DIFFERENCE, SLOWER
 from eval.markdown import Said, Section, interval, number, percent, times
+from eval.others import warning
 
 Row = dict[str, Any]
 CONDITIONS = {
     **{"target": "target", "parameters_target": "its parameters"},
     **{"drafter": "drafter", "parameters_drafter": "its parameters"},
     **{"device": "device", "threads": "threads", "clock_mhz": "clock, MHz", "ranks": "ranks"},
+    "other_work": "cores that other work took",
     **{"dtype": "dtype", "dtype_reason": "why", "draft_shape": "draft"},
     **{"rule": "acceptance rule", "max_new_tokens": "most new tokens"},
     **{"prompts": "prompts", "repeats": "repeats", "prompt_source": "prompts from"},
@@ -64,6 +66,8 @@ def opening(report: Row) -> list[Said]:
     parts += [Said(sentence(entry)) for entry in report["headline"]]
     if wrong := wrong_answers(report):
         parts.append(Said(wrong))
+    if busy := warning(report["conditions"]):
+        parts.append(Said(busy))
     if change := report["conditions"].get("target_change"):
         parts.append(Said(f"Mind: {change['said']}."))
     if not report["headline"]:

@@ -104,7 +104,7 @@ def _tau(
 
 def _of_latency(runs: Group) -> Iterator[Law]:
     """Milliseconds of a drafted token against depth, and against parameters, of the same runs."""
-    timed = [run for run in runs if run.token_ms and run.depth]
+    timed = [run for run in runs if run.token_ms and run.depth and run.quiet]
     for label, group in alike(timed, SHAPE, MACHINE):
         for against in ("depth", "parameters"):
             places: list[Place] = [
@@ -116,7 +116,7 @@ def _of_latency(runs: Group) -> Iterator[Law]:
 
 def _of_batches(runs: Group) -> Iterator[Law]:
     """Speedup against log2 batch, of each run by itself."""
-    for run in runs:
+    for run in (run for run in runs if run.quiet):
         for temperature in sorted({t for t, _ in run.speedup}):
             places = [
                 (run, float(b), e) for (t, b), e in sorted(run.speedup.items()) if t == temperature

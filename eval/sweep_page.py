@@ -68,6 +68,11 @@ def _answer(sweep: Sweep) -> Iterator[str]:
     if rest := [run for run in sweep.runs if run not in ranked]:
         failed = sum(bool(run.code) for run in rest)
         yield f"Of {len(sweep.runs)} jobs, {failed} failed and {len(rest) - failed} have no figure."
+    if beside := [f"{run.name} ({run.other_work:g})" for run in ranked if not run.quiet]:
+        yield (
+            f"Measured beside other work, which took cores of this machine: {'; '.join(beside)}. "
+            "Their speeds are not those of a quiet machine, and no law of times is fitted to them."
+        )
     if n == 1:
         return
     equal = [run.name for run in ranked[1:] if not _apart(best, run, sweep)]

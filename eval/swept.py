@@ -13,6 +13,7 @@ from typing import Any
 
 from eval.ancestry import Row, benched, found_at, note_of, read_json
 from eval.bootstrap import Estimate
+from eval.others import LITTLE
 
 Cell = tuple[float, int]  # temperature and batch
 BENCH = "eval.bench.Bench"
@@ -30,7 +31,7 @@ class Run:
     drafted position, at the lowest temperature and smallest batch; conditions: target (its name),
     device, machine, threads, dtype, prompts (a hash of those asked), max_new_tokens; held: the
     configuration of the bench and of every stage that it is made from, flat, by role; bench: the
-    folder of the measurement.
+    folder of the measurement; other_work: cores that others took from it (eval/others.py).
     """
 
     name: str
@@ -57,6 +58,12 @@ class Run:
     conditions: Row = field(default_factory=dict)
     held: dict[str, str] = field(default_factory=dict)
     bench: Path | None = None
+    other_work: float | None = None
+
+    @property
+    def quiet(self) -> bool:
+        """Whether its times may be used: the machine did next to nothing else."""
+        return (self.other_work or 0.0) <= LITTLE
 
     @property
     def measured(self) -> bool:

@@ -71,6 +71,7 @@ def test_a_changed_target_is_said_to_be_one(place: Path, tmp_path: Path, monkeyp
     # the baseline is the original; the drafter decodes with the target that it was trained for
     assert set(decoded) == {("NoneType", False), ("Medusa", True)}
     assert report["passed"], report["controls"]
+    assert 0 <= report["conditions"]["other_work"] < 64
     change = report["conditions"]["target_change"]
     assert change["perplexity"]["adapted"] > change["perplexity"]["original"]
     assert report["conditions"]["rule"].endswith("(lossless): for the changed target, not for the "

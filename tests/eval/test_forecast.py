@@ -330,6 +330,15 @@ def test_a_run_beside_other_work_does_not_decide_what_drafting_leaves():
     assert beside.scatter > 2 * quiet.scatter, "but it is told"
 
 
+def test_times_of_a_busy_machine_are_no_costs(tmp_path: Path):
+    write_laws(tmp_path, "ko", [known(GRID[0])], other_work=0.4)
+    assert [run.quiet for run in read(tmp_path, "t")] == [False]
+    busy = [replace(known(each), quiet=False) for each in GRID]
+    assert speed_of(busy, MACHINE) is None
+    quiet = [known(each) for each in GRID]
+    assert speed_of([*busy, *quiet], MACHINE) == speed_of(quiet, MACHINE)
+
+
 def test_prompts_are_not_mixed():
     runs = [known(each) for each in GRID]
     other = [replace(known(each, off=1.0), prompts="q, 64 tokens") for each in GRID[:7]]

@@ -10,6 +10,7 @@ import pytest
 
 from decoding.loop import Answer, Decoded
 from decoding.ranks import Ranks
+from eval.others import taken
 from eval.prompts import Prompt, with_later_turns
 from eval.runs import measure
 
@@ -37,6 +38,14 @@ def measured(kept: Path) -> dict[str, Recorded]:
     )  # fmt: skip
     assert len(rows) == 2 * 2 * 2 * 3
     return arms
+
+
+def test_what_others_do_meanwhile_is_noted_with_each_run(tmp_path: Path):
+    measured(tmp_path / "runs.jsonl")
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    noted = [json.loads(line)["others"] for line in lines if line]
+    assert all(seconds > 0 for seconds, _ in noted)
+    assert taken([{"others": each} for each in noted], threads=1, cores=1) is not None
 
 
 def test_each_repeat_teaches_a_warm_arm_anew(tmp_path: Path):

@@ -100,6 +100,7 @@ class Folder:
         passed: bool = True,
         drafts: int = 4,
         draft_lengths: list[int] | None = None,
+        other_work: float = 0.02,
         **made: Any,
     ) -> Path:
         """A measured job: tau by temperature is (value, half of its interval)."""
@@ -119,7 +120,7 @@ class Folder:
             "table": cells,
             "conditions": self._conditions(parameters),
         }
-        report["conditions"] |= {"draft_shape": f"chain of {drafts}"}
+        report["conditions"] |= {"draft_shape": f"chain of {drafts}", "other_work": other_work}
         report["conditions"]["draft"] = {"draft_length": drafts}
         (bench / "artifact" / "report.json").write_text(json.dumps(report))
         (bench / "environment.json").write_text('{"processor": "AMD EPYC", "devices": []}')
@@ -329,6 +330,27 @@ def test_depth_explains_the_time_of_a_token_and_parameters_do_not(outputs: Folde
     (said,) = explained(laws)
     assert said.endswith("depth explains it better.")
     assert not picked(laws, "tau", "parameters"), "sizes at one depth alone make that law"
+
+
+def test_times_that_were_taken_beside_other_work_make_no_law(outputs: Folder):
+    """Its tau counts all the same."""
+    made = of_shapes(outputs, SIZES)
+    before = laws_of(read(made))
+    odd = {"depth": 1, "width": 320, "parameters": 4_000_000}
+    outputs.run(made, {"sweep.shape": "[1,320]"}, {0.0: (2.24, 0.1)}, token_ms=4.0,
+                speedups={1: 1.0, 2: 0.9, 4: 0.8}, other_work=0.7, **odd)  # fmt: skip
+    found = read(made)
+    after = laws_of(found)
+    for against, of in (("depth", "token_ms"), ("parameters", "token_ms"), ("batch", "speedup")):
+        assert [law.n for law in after if (law.against, law.of) == (against, of)] == [
+            law.n for law in before if (law.against, law.of) == (against, of)
+        ]
+    (tau,) = picked(after, "tau", "parameters")
+    assert tau.n == 5
+    said = " ".join(part.text for part in sweep_page.opening(found, after))
+    assert (
+        "Measured beside other work, which took cores of this machine: shape=[1,320] (0.7)" in said
+    )
 
 
 def test_a_size_sweep_gives_tau_by_parameters_at_one_depth(outputs: Folder):
