@@ -13,7 +13,7 @@ from eval import controls, cost, law, ties
 from eval.alpha import alphas
 from eval.arms import AUTOREGRESSIVE, DRAFTER, LOSSY, Arm
 from eval.change import changed
-from eval.others import cores, taken
+from eval.others import taken
 from eval.prompts import Prompt
 from eval.ranks import Row
 from eval.shapes import Shape
@@ -39,7 +39,7 @@ def gathered(
     told = conditions(model, ours, len(prompts)) | {"agreement": agreement}
     told |= explanation(model, ours, shape, prompts, runs)
     needed = told["threads"] if model.device.type == "cpu" else 1
-    busy = taken(runs, needed, len(cores()))
+    busy = taken([run["others"] for run in runs if "others" in run], needed)
     told |= {} if busy is None else {"other_work": busy}
     if decoded is not model:
         told["target_change"] = changed(model, decoded, [p.ids for p in prompts], limit, seed)

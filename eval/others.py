@@ -3,7 +3,6 @@ neither their intervals nor their controls show it; yet such speeds are not thos
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import psutil
 
@@ -31,6 +30,11 @@ class Others:
         return time.perf_counter(), busy - time.process_time()
 
 
+def count() -> int:
+    """How many cores this process may use."""
+    return len(cores())
+
+
 def cores() -> list[int]:
     """Those that this process may use."""
     try:
@@ -39,22 +43,20 @@ def cores() -> list[int]:
         return list(range(psutil.cpu_count() or 1))
 
 
-def taken(runs: Sequence[dict[str, Any]], threads: int, cores: int) -> float | None:
-    """Cores, on average, that others took from these runs: beyond those that `threads` leave free.
-    None where no run was watched."""
-    seen = [run["others"] for run in runs if run.get("others")]
-    seconds = sum(each[0] for each in seen)
+def taken(
+    looks: Sequence[tuple[float, float]], threads: int, cores: int | None = None
+) -> float | None:
+    """Cores, on average, that others took while these looks (`since`) were made: beyond those that
+    `threads` leave free. None where there was no look."""
+    seconds = sum(look[0] for look in looks)
     if not seconds:
         return None
-    return round(max(0.0, sum(each[1] for each in seen) / seconds - max(0, cores - threads)), 2)
+    free = max(0, (cores or count()) - threads)
+    return round(max(0.0, sum(look[1] for look in looks) / seconds - free), 2)
 
 
-def warning(conditions: dict[str, Any]) -> str | None:
-    """The sentence for a report of speeds that were measured beside other work."""
-    found = conditions.get("other_work")
+def mind(found: float | None, so: str) -> str | None:
+    """The sentence for what was measured beside other work; None where that was little."""
     if not found or found <= LITTLE:
         return None
-    return (
-        f"Mind: other processes took {found:g} of this machine's cores from the runs, so these "
-        "speeds are not those of a quiet machine; tau does not depend on it."
-    )
+    return f"Mind: other processes took {found:g} of this machine's cores meanwhile, so {so}."

@@ -13,8 +13,7 @@ from typing import Any
 
 from eval.bootstrap import Estimate, share
 from eval.markdown import interval, number, render, times
-from eval.others import warning
-from eval.sections import opening, sections, sentence, title, wrong_answers
+from eval.sections import busy_machine, opening, sections, sentence, title, wrong_answers
 from eval.slices import DRAFTER, break_even, by_language, by_length, by_task, pick
 from eval.statistics import BASELINE, Run, measure, paired_speedup
 
@@ -112,7 +111,7 @@ def headline_lines(report: dict[str, Any]) -> list[str]:
         lines.append(f"Mind: {change['said']}.")
     if wrong := wrong_answers(report):
         lines.append(wrong)
-    if busy := warning(report["conditions"]):
+    if busy := busy_machine(report):
         lines.append(busy)
     vouched = _controls_line(report["controls"])
     return [*lines, vouched] if report["passed"] else [vouched, *lines]

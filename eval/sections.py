@@ -7,7 +7,7 @@ from typing import Any
 
 from eval.bootstrap import NO_DIFFERENCE, SLOWER
 from eval.markdown import Said, Section, interval, number, percent, times
-from eval.others import warning
+from eval.others import mind
 
 Row = dict[str, Any]
 CONDITIONS = {
@@ -56,6 +56,12 @@ def wrong_answers(report: Row) -> str | None:
     return f"WRONG ANSWERS, not explained by near ties: {told}."
 
 
+def busy_machine(report: Row) -> str | None:
+    """The warning that other work took cores from the runs."""
+    so = "these speeds are not those of a quiet machine; tau does not depend on it"
+    return mind(report["conditions"].get("other_work"), so)
+
+
 def opening(report: Row) -> list[Said]:
     """What stands above all tables: verdicts, warnings, break-even, exactness."""
     parts = []
@@ -66,7 +72,7 @@ def opening(report: Row) -> list[Said]:
     parts += [Said(sentence(entry)) for entry in report["headline"]]
     if wrong := wrong_answers(report):
         parts.append(Said(wrong))
-    if busy := warning(report["conditions"]):
+    if busy := busy_machine(report):
         parts.append(Said(busy))
     if change := report["conditions"].get("target_change"):
         parts.append(Said(f"Mind: {change['said']}."))

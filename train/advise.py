@@ -21,6 +21,7 @@ from drafters.lm import LM
 from eval.advise import ALPHAS, DEFAULT, LENGTHS, Accepted, Advice, Candidate, free, verdict
 from eval.choice import DTYPES, VERIFIED
 from eval.cost import SIZES, Ledger, between, chains, passes
+from eval.others import Others, mind, taken
 from eval.outlook import Proposal
 from train.budget import DISTILL, Budget, propose, purse_of
 from train.candidates import blueprints_of, count, depth_and_width, empty, key
@@ -39,9 +40,13 @@ def run_advice(name: str, config: dict[str, Any]) -> tuple[int, None]:
         root = Path(str(config["output_dir"] or "outputs")).resolve()
         stages = plan(config, root)
         budget = Budget(**config.get("budget") or {})
+        watch = Others()
         advice, proposal, file = advise(name, config, stages, root, budget)
         write_json(file, advice.told() | {"proposal": proposal.told() if proposal else None})
         print(render(advice, proposal))
+        so = "these costs are not those of a quiet machine; what is kept of them is used again"
+        if busy := mind(taken([watch.since()], torch.get_num_threads()), so):
+            print(f"{busy} Remove {advice.kept} to measure anew.")
         return 0, None
     except ValueError as error:
         code, said = BAD_INPUT, str(error)

@@ -14,6 +14,7 @@ from decoding.target import Shape
 from eval.forecast import Forecaster, measured, measurement
 from eval.joint import Known
 from eval.known import LAWS, read, untold
+from eval.others import Others, mind, taken
 from train.base import BaseTarget
 from train.budget import asked_of, chain_of, here, setting_of
 from train.candidates import empty
@@ -55,6 +56,7 @@ BILL = Bill()
 def show(name: str, config: dict[str, Any], stages: list[Planned], root: Path) -> None:
     """Prints the plan of a recipe; with `hardware`, also what it would take on such GPUs. Of a
     sweep's run only what runs before it have not: `whole` ends them."""
+    watch = Others()
     launch: Launch = build(config["launch"])
     shape = shape_of_target(config["target"], stages)
     print(f"recipe {name}: {len(stages)} stages; nothing is started")
@@ -85,6 +87,8 @@ def show(name: str, config: dict[str, Any], stages: list[Planned], root: Path) -
             print(f"    {line}")
     print(*forecast(config, stages, root, shape), sep="\n", end="")
     print(f"\nto do: {_total([found[stage.name] for stage in new if not stage.done])}")
+    if busy := mind(taken([watch.since()], torch.get_num_threads()), "measured times are too long"):
+        print(busy)
     several = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     if several:
         BILL.runs += 1

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from eval import others
-from eval.others import Others, taken, warning
+from eval.others import Others, mind, taken
 
 BURN = "import time; print(flush=True); end = time.time() + 60\nwhile time.time() < end: pass"
 
@@ -48,21 +48,16 @@ def test_idle_time_and_cores_of_others_do_not_count_and_stolen_time_does(monkeyp
     assert Others().since() == (4.0, 1.5 - 0.25)
 
 
-def run(seconds: float, used: float) -> dict[str, Any]:
-    return {"others": [seconds, used]}
-
-
 def test_cores_that_were_free_are_nobodys_loss():
-    runs = [run(1.0, 0.2), run(3.0, 2.2), {"arm": "made before there was a watch"}]
-    assert taken(runs, threads=2, cores=2) == 0.6
-    assert taken(runs, threads=2, cores=64) == 0.0
-    assert taken(runs, threads=64, cores=2) == 0.6
-    assert taken(runs[2:], threads=2, cores=2) is None
+    looks = [(1.0, 0.2), (3.0, 2.2)]
+    assert taken(looks, threads=2, cores=2) == 0.6
+    assert taken(looks, threads=2, cores=64) == 0.0
+    assert taken(looks, threads=64, cores=2) == 0.6
+    assert taken([], threads=2, cores=2) is None
 
 
 def test_little_is_not_told():
-    assert warning({}) is None
-    assert warning({"other_work": 0.1}) is None
-    said = warning({"other_work": 0.6})
-    assert said is not None
-    assert "other processes took 0.6 of this machine's cores" in said
+    assert mind(None, "it is late") is None
+    assert mind(0.1, "it is late") is None
+    said = "Mind: other processes took 0.6 of this machine's cores meanwhile, so it is late."
+    assert mind(0.6, "it is late") == said

@@ -149,6 +149,7 @@ def test_the_plan_of_a_sweep_has_what_its_runs_share_once(
         return Estimate("", disk=2**30, seconds=(60.0, 60.0))
 
     monkeypatch.setattr(show, "estimate", price)
+    monkeypatch.setattr(show, "taken", lambda *_: 0.7)
     assert sweep(tmp_path / "out", f"{LR}=0.1,0.2,0.3", "plan=true", *more.split()) == 0
     said = capsys.readouterr().out
     runs = 1 if "optuna" in more else 3
@@ -157,6 +158,7 @@ def test_the_plan_of_a_sweep_has_what_its_runs_share_once(
     total = f"all {runs} runs to their end: {3 + runs} stages to do, about {3 + runs}.0 GiB of disk"
     assert f"{total} and about {3 + runs}.0 minutes" in said
     assert said.count("disk: ") == 1, "of all runs at once"
+    assert said.count("took 0.7 of this machine's cores meanwhile, so measured times are") == runs
     assert stages.ran == []
     assert not (tmp_path / "out").exists()
 
