@@ -18,13 +18,15 @@ from omegaconf.errors import OmegaConfBaseException
 from data.secrets import guard, redacted, refuse_word
 from train.compose import CONF, RECIPES, refuse_commands, resolvers
 from train.grid import (
+    Axes,
     axes_of,
     base_word,
     begun,
+    each_job,
     each_part,
     first,
     no_sweep,
-    planned,
+    show_whole,
     starts_nothing,
     swept,
     to_show,
@@ -32,7 +34,7 @@ from train.grid import (
 )
 from train.mistakes import explain, no_choice, options, quoted, unreadable
 from train.plugins import refusal
-from train.task import task
+from train.task import resolved, task
 
 # Hydra's others read configurations from elsewhere, or a pickle
 SWITCHES = ("-m", "--multirun", "-c", "--cfg", "-p", "--package", "-i", "--info", "--resolve")
@@ -96,14 +98,36 @@ def _sweep(overrides: list[Override]) -> int:
             _composed(words)
         if starts_nothing(composed):
             overrides, axes = to_show(overrides, axes)
+        elif not int(os.environ.get("RANK", 0)):
+            _warn_of_jobs(overrides, axes)
         with begun(overrides, axes, composed) as (sweep, words):
             sys.argv[1:] = ["--multirun", *words_of(overrides, axes), *words]
             code = swept(sweep, _hydra)
         if composed.plan and not code:
-            planned(composed)
+            show_whole(composed)
         return code
     except ValueError as error:
         _stop(str(error))
+
+
+def _warn_of_jobs(overrides: list[Override], axes: Axes) -> None:
+    """Names the jobs that cannot run, before any does. Raises ValueError where none can."""
+    from train.run import planned
+
+    wrong: dict[str, str] = {}
+    jobs = list(each_job(overrides, axes))
+    for name, words in jobs:
+        try:
+            planned(resolved(_composed(words)))
+        except ValueError as error:
+            wrong[name] = str(error)
+        except OSError:  # the job, which may run elsewhere, will see
+            continue
+    if wrong and len(wrong) == len(jobs):
+        name, said = next(iter(wrong.items()))
+        raise ValueError(f"no job of this sweep can run; {name}: {said}")
+    for name, said in wrong.items():
+        print(f"warning: {name} cannot run, the other jobs will: {redacted(said)}", file=sys.stderr)
 
 
 def _without_local_rank(words: list[str]) -> list[str]:

@@ -27,6 +27,7 @@ from train.sweep import OWN, Sweep, folder_of, told
 
 DISTILL = "train.distill.Distill"
 NEEDED = ("finetune", "bench")  # stages that the presets change or measure
+FEW = 100  # jobs that are planned before any starts: a third of a second each
 ALWAYS = ("sweep", "output_dir", "plan", "view", "advise")  # the same for all jobs
 
 Axes = dict[str, list[str]]
@@ -187,13 +188,23 @@ def _require_stages(composed: DictConfig) -> None:
 
 def each_part(overrides: list[Override], axes: Axes) -> Iterator[list[str]]:
     """For each part that an axis names after its first, the words of one job with it: what cannot
-    be composed is a mistake, known before any job starts. Other values are composed alike."""
+    be composed is a mistake, known before any job starts."""
     fixed = _fixed(overrides, axes)
     start = {key: f"{key}={values[0]}" for key, values in axes.items() if values}
     for key, values in axes.items():
         group = key.lstrip("+").partition("@")[0]
         for value in values[1:] if group == "recipe" or (CONF / group).is_dir() else []:
             yield [*fixed, *{**start, key: f"{key}={value}"}.values()]
+
+
+def each_job(overrides: list[Override], axes: Axes) -> Iterator[tuple[str, list[str]]]:
+    """The name and the words of every job, of the first FEW; none where a sampler chooses, or where
+    the sweeper plans them itself."""
+    if chosen(overrides).get("hydra/sweeper", "basic") != "basic":
+        return
+    for run in itertools.islice(_runs(overrides, axes) or [], FEW):
+        words = [f"{key}={value}" for key, value in run.items()]
+        yield " ".join(words), [*_fixed(overrides, axes), *words]
 
 
 @contextmanager
@@ -251,7 +262,7 @@ def _quoted(value: str) -> str:
     return f'"{escaped}"'
 
 
-def planned(composed: DictConfig) -> None:
+def show_whole(composed: DictConfig) -> None:
     """Prints what the runs of a sweep that were planned take together."""
     from train.show import whole
 

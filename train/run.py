@@ -49,14 +49,7 @@ def _run_recipe(
     if config["plan"]:  # priced from what is at hand: no waiting for a Hub that may not answer
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        root = Path(str(config["output_dir"] or "outputs")).resolve()
-        bind(config["launch"], "launch")
-        launch: Launch = build(config["launch"])
-        stages = plan(config, root)
-        for stage in stages:
-            _refuse_sharding(stage, launch.world)
-            if stage.config["_target_"] in TRAINING:
-                build(stage.config).schedule.micro(launch.world)  # refuses what cannot be shared
+        launch, stages, root = planned(config)
         if config["plan"]:
             from train.show import show
 
@@ -80,6 +73,20 @@ def _run_recipe(
         return _say(ENVIRONMENT, error, job), None
     except KeyboardInterrupt:
         return _say(130, "stopped; the same command goes on where it was", job), None
+
+
+def planned(config: dict[str, Any]) -> tuple[Launch, list[Planned], Path]:
+    """The launch, stages and output folder of a resolved recipe; nothing is started or written.
+    Raises ValueError for what cannot be, OSError for what cannot be read."""
+    root = Path(str(config["output_dir"] or "outputs")).resolve()
+    bind(config["launch"], "launch")
+    launch: Launch = build(config["launch"])
+    stages = plan(config, root)
+    for stage in stages:
+        _refuse_sharding(stage, launch.world)
+        if stage.config["_target_"] in TRAINING:
+            build(stage.config).schedule.micro(launch.world)  # refuses what cannot be shared
+    return launch, stages, root
 
 
 def _refuse_sharding(stage: Planned, ranks: int) -> None:

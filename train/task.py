@@ -59,6 +59,12 @@ def task(config: DictConfig) -> float | None:
 
 def settled(config: DictConfig, here: HydraConf) -> tuple[str, dict[str, Any]]:
     """The recipe's name and its resolved settings. Raises ValueError with what is wrong."""
+    settings = resolved(config)
+    return check_name("recipe", here.runtime.choices["recipe"]), settings
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """Settings without references. Raises ValueError with what is wrong."""
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -70,7 +76,7 @@ def settled(config: DictConfig, here: HydraConf) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"{switch} is {settings[switch]!r}; it must be true or false")
     _check_budget(settings["budget"] or {}, settings["advise"])
     refuse(settings, "")
-    return check_name("recipe", here.runtime.choices["recipe"]), settings
+    return settings
 
 
 def _check_budget(budget: Any, advise: bool) -> None:

@@ -176,9 +176,21 @@ def test_a_job_that_fails_does_not_lose_the_others(stages, tmp_path: Path, capsy
     assert found["0.5"]["error"].startswith("ZeroDivisionError")
     assert "lr and clip must be above 0" in found["-1"]["error"]
     assert found["0.4"]["rungs"] == [[512, 1.25]]
-    table = capsys.readouterr().out
+    table, warned = capsys.readouterr()
+    assert f"warning: {LR}=-1 cannot run, the other jobs will: " in warned
+    assert warned.index("warning: ") < warned.index("run 0: "), "before anything is trained"
     assert f"-  {LR}=0.2: exit code 3: the loss is no number\n" in table
     assert f"-  {LR}=0.4: paused after 512 tokens (tau 1.250)\n" in table
+
+
+def test_a_sweep_of_which_no_job_can_run_is_refused(stages, tmp_path: Path, capsys):
+    assert sweep(tmp_path / "out", f"{LR}=-1,-2") == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"error: no job of this sweep can run; {LR}=-1: ")
+    assert len(said.err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    assert stages.ran == []
 
 
 @pytest.mark.parametrize("code", [130, pytest.param(143, marks=pytest.mark.soak)])
@@ -295,20 +307,16 @@ def test_optuna_without_a_single_value_ends_without_a_traceback(stages, tmp_path
 
 
 def test_notes_come_from_the_processes_of_joblib(tmp_path: Path):
-    """What a job kept in its own memory would not be in the table. These find at once that a value
-    is missing."""
+    """What a job kept in its own memory would not be in the table. These find at once that they
+    have no key."""
     pytest.importorskip("joblib")
-    words = [
-        "recipe=quickstart",
-        f"output_dir={tmp_path}",
-        f"{LR}=0.1,0.2",
-        "hydra/launcher=joblib",
-    ]
-    words += ["stages.finetune.schedule.tokens=???", "hydra.launcher.n_jobs=2"]
-    done = command("-m", *words, cwd=tmp_path)
+    words = ["recipe=quickstart", f"output_dir={tmp_path / 'out'}", f"{LR}=0.1,0.2"]
+    words += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "tracker=wandb"]
+    words += ["tracker.mode=online", *WITHOUT]
+    done = command("-m", *words, cwd=tmp_path, WANDB_API_KEY="", HOME=str(tmp_path))
     assert done.returncode == 2
     table = done.stdout.split("0 of 2 jobs measured\n")[1]
-    assert table.count("exit code 2: stages.finetune.schedule.tokens has no value") == 2
+    assert table.count("exit code 2: tracker.mode is online and wandb has no key") == 2
     assert "Traceback" not in done.stderr
 
 
