@@ -111,7 +111,8 @@ class Advice:
 
     verify: v by m, and overhead: what a round takes besides, milliseconds; free: a drafter that
     costs nothing; refused: what was left out, and why; recipe: the name of the recipe's own
-    drafter; alpha: the acceptance of the verdict; batches: the drafter that is fastest at it,
+    drafter; alpha: the acceptance of the verdict, and `expected` where a law of sweeps says so, of
+    whom; batches: the drafter that is fastest at it,
     measured at each batch; kept: the file of the figures.
     """
 
@@ -126,6 +127,7 @@ class Advice:
     kept: str
     alpha: float = DEFAULT
     accepted: Accepted | None = None
+    expected: str = ""
     batches: dict[int, Candidate] = field(default_factory=dict)
 
     @property
@@ -176,11 +178,24 @@ def _scatter(advice: Advice) -> list[str]:
                 f"and one over {less} {advice.verify[less]:.2f} ms. The machine was busy: remove "
                 f"{advice.kept} and ask again when it is not."
             ]
+    for each in advice.candidates:
+        ms, length = min((ms, n) for n, ms in each.verify.items())
+        if ms < 0.85 * each.plain:
+            return [
+                f"THE FIGURES SCATTER: a call over {length + 1} tokens, drafted by {each.name}, "
+                f"took {ms:.2f} ms and one of plain decoding {each.plain:.2f} ms. The machine was "
+                f"busy: remove {advice.kept} and ask again when it is not."
+            ]
     return []
 
 
 def _yours(advice: Advice) -> list[str]:
     found = advice.accepted
+    if advice.expected:
+        return [
+            f"By the law of the sweeps {advice.expected} accepts {advice.alpha:.2f}; the following "
+            "is said for that, and the table has others."
+        ]
     if found is None:
         return [
             f"No drafter of this recipe was measured yet; the following is said for an acceptance "

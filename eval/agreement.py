@@ -153,7 +153,7 @@ def equality(
             if other != plain:
                 width = question.draft_length + 1
                 made = Made.alone(prompt, plain), Made.alone(prompt, other, width)
-                parted.append(judge(question.target, exact(), *made, width=width))
+                parted += judge(question.target, exact(), *made, width=width)
         wrong = [d for d in parted if d is not None and not d.tolerated]
         found[name] = {
             "n": len(answers),

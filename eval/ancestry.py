@@ -15,6 +15,7 @@ from typing import Any
 from drafters.trees import tree_of
 from eval.bootstrap import Estimate
 from eval.slices import DRAFTER
+from eval.statistics import BASELINE
 
 Row = dict[str, Any]
 # keys that cannot change a figure, and the seed, whose change is a repeat
@@ -70,10 +71,20 @@ def benched(bench: Path, stages: Path) -> Row:
     if report["passed"]:
         for name in ("tau", "speedup"):
             found[name] = {c: r[name] for c, r in cells.items() if _known(r[name])}
+        found["fixed"] = _fixed(report["table"])
         first = next((cells[c] for c in sorted(cells)), None)
         if first and _known(first["draft_ms_per_token"]):
             found["token_ms"] = first["draft_ms_per_token"]
     return found
+
+
+def _fixed(table: list[Row]) -> float | None:
+    """The share of plain decoding's time that is no round of it: prefill above all."""
+    rows = [row for row in table if row["arm"] == BASELINE]
+    first = min(rows, key=lambda row: (row["temperature"], row["batch"]), default={})
+    names = ("draft", "verify", "other")
+    times = [e["value"] for n in names if (e := first.get(f"{n}_ms_per_round")) and _known(e)]
+    return float(times[2] / sum(times)) if len(times) == 3 and sum(times) > 0 else None
 
 
 def _known(estimate: Estimate | None) -> bool:

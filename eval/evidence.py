@@ -39,7 +39,7 @@ def gathered(
     told = conditions(model, ours, len(prompts)) | {"agreement": agreement}
     told |= explanation(model, ours, shape, prompts, runs)
     needed = told["threads"] if model.device.type == "cpu" else 1
-    busy = taken([run["others"] for run in runs if "others" in run], needed)
+    busy = taken([run.get("others") for run in runs], needed)
     told |= {} if busy is None else {"other_work": busy}
     if decoded is not model:
         told["target_change"] = changed(model, decoded, [p.ids for p in prompts], limit, seed)

@@ -4,8 +4,9 @@
 
 tau comes from the joint law (eval/joint.py). The speedup is that of a round's milliseconds, s =
 tau (v(1) + o) / (n token + v(n + 1) + o) (decoding.md, a.1), in the part of an answer's time that
-drafting can shorten: 1 / (f + (1 - f) / s) with a fixed share f (prefill above all) that the runs
-themselves show.
+drafting can shorten: 1 / (f + e + (1 - f) / s). f is the share of plain decoding's time that is no
+round (prefill above all), as benches measured it; e what drafting adds to it (the drafter's own
+prefill), by the speedups that they measured.
 """
 
 from __future__ import annotations
@@ -17,32 +18,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
 
 from eval.ancestry import benched
-from eval.bootstrap import CONFIDENCE, Array
+from eval.bootstrap import CONFIDENCE
 from eval.cost import between
 from eval.joint import SPARE, Asked, Interval, Known, Law, expected_tau, fit
 from eval.known import LAWS, alike, known_of, read, settings
 from eval.swept import Run
 
-MOST_FIXED = 0.9  # share of the time that drafting leaves as it is, at most
-
 
 @dataclass(frozen=True)
 class Speed:
     """What rounds cost on one machine. plain: milliseconds of a round of plain decoding; verify:
-    of one over m tokens, by m; fixed: the share f; scatter: standard error of the log of a new
-    drafter's speedup, by `freedom` degrees."""
+    of one over m tokens, by m; fixed, added: the shares f and e; scatter: standard deviation of the
+    log of measured speedups about these, by `freedom` degrees."""
 
     runs: list[Known]
     plain: float
     verify: dict[int, float]
-    fixed: float = 0.0
-    scatter: float = 0.0
-    freedom: int = 1
+    fixed: float
+    added: float
+    scatter: float
+    freedom: int
 
     def token(self, asked: Asked) -> float | None:
         """Milliseconds of a drafted token: of an lm by its depth, and by its size where the runs
@@ -64,9 +65,9 @@ class Speed:
         """The speedup of rounds, with chains of that length."""
         return tau * self.plain / (length * token + between(self.verify, length + 1))
 
-    def whole(self, decoding: float) -> float:
+    def whole(self, decoding: Any) -> Any:
         """Of the whole answer (Amdahl's law)."""
-        return 1 / (self.fixed + (1 - self.fixed) / decoding)
+        return 1 / (self.fixed + self.added + (1 - self.fixed) / decoding)
 
     def at(self, alpha: Interval, length: int, token: float) -> Interval:
         """The speedup at this acceptance: what is not known of it, and of the costs."""
@@ -74,7 +75,8 @@ class Speed:
             lambda a: self.whole(self.decoding(expected_tau(a, length), length, token))
         )
         t = float(student.ppf((1 + CONFIDENCE) / 2, self.freedom))
-        down, up = (math.hypot(math.log(value / end), t * self.scatter) for end in (low, high))
+        off = t * self.scatter * math.sqrt(1 + 1 / (self.freedom + 1))
+        down, up = (math.hypot(math.log(value / end), off) for end in (low, high))
         return Interval(value, value * math.exp(-down), value * math.exp(up))
 
 
@@ -82,22 +84,21 @@ def speed_of(runs: Sequence[Known], machine: str) -> Speed | None:
     """From the runs that were measured on this machine, without other work; None where they are
     too few."""
     quiet = [run for run in runs if run.machine == machine and run.quiet]
-    mine = [run for run in quiet if run.speedup and run.token and run.verify]
+    mine = [r for r in quiet if r.speedup and r.token and r.verify and r.fixed is not None]
     if len(mine) <= SPARE:
         return None
     sizes = sorted(set.intersection(*(set(run.verify) for run in mine)))
     verify = {m: median(run.verify[m] + run.overhead for run in mine) for m in sizes}
-    rough = Speed(mine, verify[1], verify)
-    whole_R, decoding_R = np.array([(r.speedup.value, r.decoding) for r in mine if r.speedup]).T
-
-    def off(fixed: float) -> Array:
-        return np.log(whole_R * (fixed + (1 - fixed) / decoding_R))
-
-    # the least sum of distances, not of squares: a run beside other work must not decide it
-    fixed = float(min(np.linspace(0, MOST_FIXED, 181), key=lambda f: np.abs(off(f)).sum()))
+    pairs = [(r.speedup.value, r.decoding, r.fixed) for r in mine if r.speedup]
+    whole_R, decoding_R, fixed_R = np.array(pairs, dtype=float).T
+    rounds_R = (1 - fixed_R) / decoding_R
+    # medians: a run that something disturbed must not decide them
+    fixed = float(np.median(fixed_R))
+    added = max(float(np.median(1 / whole_R - fixed_R - rounds_R)), -fixed)
+    off_R = np.log(whole_R * (fixed_R + added + rounds_R))
     freedom = len(mine) - 1
-    scatter = math.sqrt(float((off(fixed) ** 2).sum()) / freedom * (1 + 1 / len(mine)))
-    return Speed(mine, rough.plain, verify, fixed, scatter, freedom)
+    scatter = math.sqrt(float((off_R**2).sum()) / freedom)
+    return Speed(mine, verify[1], verify, fixed, added, scatter, freedom)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ class Known:
     bench: the name of its stage's folder; prompts: what it was asked, and how long answers may be;
     length: of its chain; token: milliseconds of a drafted token; verify: v by m, and overhead,
     milliseconds; rate: training tokens a second; machine: what the times hold for; setting: what
-    the law has no term for (eval/known.py); quiet: whether its times may be used (eval/others.py).
+    the law has no term for (eval/known.py); quiet: whether its times may be used (eval/others.py);
+    fixed: the share of plain decoding's time that is no round of it.
     """
 
     of: Asked
@@ -89,6 +90,7 @@ class Known:
     machine: str
     setting: tuple[str, str] = ("", "")
     quiet: bool = True
+    fixed: float | None = None
 
     @property
     def decoding(self) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 
 from eval.ancestry import read_json
 from eval.joint import Asked, Interval, Known
-from eval.others import LITTLE
+from eval.others import much
 
 LAWS = "sweeps/*/report/laws.json"  # in an output folder
 AXES = re.compile(
@@ -160,7 +160,8 @@ def known_of(row: Mapping[str, Any], sweep: str) -> Known | None:
         rate=row["train_tokens_per_second"],
         machine=machine(said["machine"], said["threads"]),
         setting=(last, rest),
-        quiet=(row.get("other_work") or 0.0) <= LITTLE,
+        quiet=not much(row.get("other_work"), said["threads"]),
+        fixed=row.get("fixed"),
     )
 
 

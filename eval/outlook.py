@@ -5,6 +5,7 @@ Shapes: C candidates, S draws.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from eval.advise import Candidate
 from eval.cost import between
-from eval.forecast import Forecaster, shown
+from eval.forecast import Forecaster, Speed, shown
 from eval.joint import Array, Asked, Interval, Law, expected_tau
 
 DRAWS = 4000
@@ -52,20 +53,23 @@ def outlooks(
 
     Intervals are of draws that all candidates share (Line.draws), and so is the difference to the
     first one: where its 95 % interval holds 0, the candidate is a rival. How far measured speedups
-    lie off what costs give is drawn for each.
+    lie off what costs give is drawn for each, and what is not known of its middle for all.
     """
     law, speed, luck = forecaster.law, forecaster.speed, np.random.default_rng(0)
     names = [name for name in candidates if name in asked and not law.unknown(asked[name])]
     if not names:
         return []
+    scale_S = common_S = np.zeros(DRAWS)
+    if speed:
+        scale_S = speed.scatter * np.sqrt(speed.freedom / luck.chisquare(speed.freedom, DRAWS))
+        common_S = scale_S * luck.normal(size=DRAWS) / math.sqrt(speed.freedom + 1)
     alphas_SC = law.alphas([asked[name] for name in names], DRAWS)
     found, drawn = [], {}
     for name, alphas_S in zip(names, alphas_SC.T, strict=True):
         mine, alpha = candidates[name], law.alpha(asked[name])
         length = mine.best(alpha.value)[1]
-        each = speedup_of(mine, length, speed.fixed if speed else 0.0)
-        off_S = luck.standard_t(speed.freedom, DRAWS) * speed.scatter if speed else np.zeros(DRAWS)
-        drawn[name] = each(alphas_S) * np.exp(off_S)
+        each = speedup_of(mine, length, speed)
+        drawn[name] = each(alphas_S) * np.exp(common_S + scale_S * luck.normal(size=DRAWS))
         low, high = np.quantile(drawn[name], EDGES)
         speedup = Interval(float(each(np.array(alpha.value))), float(low), float(high))
         plain = 1000 / mine.plain * (1 - speed.fixed if speed else 1)
@@ -77,14 +81,15 @@ def outlooks(
     return [found[0], *(_beside(outlook, drawn[outlook.name] - best) for outlook in found[1:])]
 
 
-def speedup_of(candidate: Candidate, length: int, fixed: float) -> Callable[[Array], Array]:
-    """The speedup with chains of this length, of acceptances, where drafting leaves a `fixed` share
-    of the time as it is (Amdahl's law)."""
+def speedup_of(candidate: Candidate, length: int, speed: Speed | None) -> Callable[[Array], Array]:
+    """The speedup with chains of this length, of acceptances: of whole answers where `speed` knows
+    what drafting does not shorten, else while decoding."""
     round_ms = between(candidate.draft, length) + between(candidate.verify, length)
 
     def times(alphas_S: Array) -> Array:
         tau_S = np.sum([alphas_S**k for k in range(length + 1)], axis=0)
-        return 1 / (fixed + (1 - fixed) * round_ms / (tau_S * candidate.plain))
+        decoding_S = tau_S * candidate.plain / round_ms
+        return speed.whole(decoding_S) if speed else decoding_S
 
     return times
 
@@ -99,7 +104,8 @@ class Proposal:
     """What to train. budget: in words, "" without one; law: None where the acceptance is assumed,
     and `why`; unknown: by reason, the candidates of which it says nothing; sweep: the words of the
     command that would measure it; command: that trains the first; fixed: the share of an answer's
-    time that drafting leaves as it is, None where speedups are of decoding alone."""
+    time that drafting leaves as it is, None where speedups are of decoding alone, and `added` what
+    it adds to that."""
 
     budget: str
     law: Law | None
@@ -109,6 +115,7 @@ class Proposal:
     sweep: str = ""
     command: str = ""
     fixed: float | None = None
+    added: float = 0.0
 
     def told(self) -> dict[str, Any]:
         """JSON-able."""
@@ -117,6 +124,7 @@ class Proposal:
             **{"budget": self.budget, "assumed": self.why, "slopes": slopes},
             **{"outlooks": [outlook.told() for outlook in self.outlooks]},
             **{"unknown": self.unknown, "command": self.command, "fixed": self.fixed},
+            "added": self.added,
         }
 
     def lines(self) -> list[str]:
@@ -159,8 +167,8 @@ class Proposal:
         if self.fixed is None:
             return "Prefill, which drafting does not shorten, comes on top."
         return (
-            f"Drafting leaves {self.fixed:.0%} of an answer's time as it is (prefill above all), "
-            "by the speedups that these runs have measured."
+            f"Drafting leaves {self.fixed:.0%} of an answer's time as it is (prefill above all) "
+            f"and adds {self.added:.0%}, by the benches of these runs."
         )
 
     def _train(self) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from eval.ancestry import Row, benched, found_at, note_of, read_json
 from eval.bootstrap import Estimate
-from eval.others import LITTLE
+from eval.others import much
 
 Cell = tuple[float, int]  # temperature and batch
 BENCH = "eval.bench.Bench"
@@ -31,7 +31,8 @@ class Run:
     drafted position, at the lowest temperature and smallest batch; conditions: target (its name),
     device, machine, threads, dtype, prompts (a hash of those asked), max_new_tokens; held: the
     configuration of the bench and of every stage that it is made from, flat, by role; bench: the
-    folder of the measurement; other_work: cores that others took from it (eval/others.py).
+    folder of the measurement; other_work: cores that others took from it (eval/others.py); fixed:
+    the share of plain decoding's time that drafting leaves as it is.
     """
 
     name: str
@@ -59,11 +60,12 @@ class Run:
     held: dict[str, str] = field(default_factory=dict)
     bench: Path | None = None
     other_work: float | None = None
+    fixed: float | None = None
 
     @property
     def quiet(self) -> bool:
         """Whether its times may be used: the machine did next to nothing else."""
-        return (self.other_work or 0.0) <= LITTLE
+        return not much(self.other_work, self.conditions.get("threads"))
 
     @property
     def measured(self) -> bool:
@@ -128,8 +130,10 @@ def read(folder: Path) -> Sweep:
     """The sweep in a folder; ValueError says what is no sweep, or cannot be read."""
     note = read_json(folder / "sweep.json", f"{folder} is no sweep: it has no readable sweep.json")
     jobs = sorted((folder / "jobs").glob("*.json"))
+    notes = [read_json(job, f"{job} is not the note of a job") for job in jobs]
+    notes.sort(key=lambda note: (note.get("start", 0), note.get("number", 0)))
     try:
-        runs = [_run(read_json(job, f"{job} is not the note of a job"), folder) for job in jobs]
+        runs = [_run(note, folder) for note in notes]
         told = {key: note[key] for key in ("recipe", "preset", "maximises", "axes", "command")}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -10,7 +10,6 @@ Shapes: R rows that are decoded together, M tokens of a pass, V vocabulary.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import count
 from typing import Any
 
 import torch
@@ -70,13 +69,14 @@ class Divergence:
 @dataclass(frozen=True)
 class Made:
     """Answers that were decoded together, by row: the prompts and answers, and of each round the
-    tokens drafted (the longest path) and accepted. The other rows matter: with their number, and
-    the lengths of their prompts, passes round differently."""
+    tokens drafted (the longest path) and accepted; whether drafts were chains. The other rows
+    matter: with their number, and the lengths of their prompts, passes round differently."""
 
     prompts: list[list[int]]
     answers: list[list[int]]
     drafted: list[list[int]]
     accepted: list[list[int]]
+    chains: bool = True
 
     @classmethod
     def alone(cls, prompt: list[int], answer: list[int], width: int = 1) -> "Made":
@@ -88,7 +88,8 @@ class Made:
     def of(cls, run: dict[str, Any], prompts: list[list[int]]) -> "Made":
         """A row of runs.jsonl; prompts: ids, by the numbers that it has."""
         asked = [prompts[number] for number in run["prompts"]]
-        return cls(asked, run["ids"], run["drafted"], run["accepted"])
+        chains = [sum(drafted) for drafted in run["drafted"]] == run["nodes"]
+        return cls(asked, run["ids"], run["drafted"], run["accepted"], chains)
 
 
 def exact_dtype(dtype: torch.dtype) -> str:
@@ -97,39 +98,60 @@ def exact_dtype(dtype: torch.dtype) -> str:
 
 
 def judge(
-    model: Target, exact: Target, plain: Made, other: Made, *, width: int, row: int = 0
-) -> Divergence | None:
-    """Where a row's answer in `other` leaves the one in `plain`, both greedy answers of `model`;
-    None if nowhere.
+    model: Target, exact: Target, plain: Made, other: Made, *, width: int
+) -> list[Divergence | None]:
+    """Of each row, where its answer in `other` leaves the one in `plain`, both greedy answers of
+    `model`; None if nowhere.
 
     model: the target as deployed. exact: the same in `exact_dtype`. width: tokens of a pass that
-    made `other`, gamma + 1 or a tree's nodes + 1.
+    made `other` where it drafted trees: their nodes + 1.
 
-    Both are read again as they were made, up to the difference: the cache that a pass reads is half
-    of why it rounds differently, and a replay of the last pass alone misses it.
+    Where rows part, both batches are read again as they were made, once, up to the last difference:
+    the cache that a pass reads is half of why it rounds differently, and a replay of the last pass
+    alone misses it.
     """
-    due, got = plain.answers[row], other.answers[row]
+    pairs = list(zip(plain.answers, other.answers, strict=True))
+    places = {
+        row: at for row, (due, got) in enumerate(pairs) if (at := _parting(due, got)) is not None
+    }
+    both = {row: at for row, at in places.items() if at < min(map(len, pairs[row]))}
+    one, many = (_replayed(model, made, both, width) if both else {} for made in (plain, other))
+    found: list[Divergence | None] = []
+    for row, (due, got) in enumerate(pairs):
+        if row not in places:
+            found.append(None)
+            continue
+        at = places[row]
+        tokens = [answer[at] if at < len(answer) else None for answer in (due, got)]
+        before = plain.prompts[row] + due[:at]
+        read = row in one and row in many  # not where rounds make fewer tokens than there are
+        replay = _compared(exact, before, tokens, one[row], many[row]) if read else None
+        found.append(Divergence(at, tokens[0], tokens[1], replay))
+    return found
+
+
+def _parting(due: list[int], got: list[int]) -> int | None:
+    """The first place where two answers differ; where one goes on, the end of the other."""
     if due == got:
         return None
-    at = next((i for i, (a, b) in enumerate(zip(due, got, strict=False)) if a != b), None)
-    if at is None:  # one goes on where the other ended
-        at = min(len(due), len(got))
-        left = [x[at] if at < len(x) else None for x in (due, got)]
-        return Divergence(at, left[0], left[1])
-    tokens = [due[at], got[at]]
+    places = (i for i, (a, b) in enumerate(zip(due, got, strict=False)) if a != b)
+    return next(places, min(len(due), len(got)))
+
+
+def _compared(
+    exact: Target, before: list[int], tokens: list[int | None], one_V: Tensor, many_V: Tensor
+) -> Replay:
+    """The two deployed passes beside the exact target's, after these ids."""
     with _full_precision(), torch.inference_mode():
-        ids_T = torch.tensor([plain.prompts[row] + due[:at]], device=exact.device)
+        ids_T = torch.tensor([before], device=exact.device)
         due_V = exact.logits(exact(ids_T).hidden_BTD[0, -1]).double()
-    one_V = _replayed(model, plain, row, at, 1)
-    many_V = _replayed(model, other, row, at, width)
-    replay = Replay(
+    return Replay(
         gap=float(due_V.max() - due_V[tokens].min()),
         moved=_distance(one_V, many_V),
         narrow_error=_distance(one_V, due_V),
         wide_error=_distance(many_V, due_V),
         repeated=[int(one_V.argmax()), int(many_V.argmax())] == tokens,
     )
-    return Divergence(at, due[at], got[at], replay)
 
 
 def agreement(
@@ -141,28 +163,27 @@ def agreement(
 ) -> dict[str, dict[str, Any]]:
     """Each arm of `widths` against plain decoding, over the rows of runs.jsonl at temperature 0.
 
-    widths: arm -> tokens of its passes, gamma + 1 or a tree's nodes + 1; leave out arms that are
-    lossy or change the target. prompts: ids, by the numbers that the rows have.
+    widths: arm -> tokens of its passes where it drafts trees; leave out arms that are lossy or
+    change the target. prompts: ids, by the numbers that the rows have.
 
     Returns arm -> {n, identical, near_ties, wrong, largest_gap, examples}. n counts the prompts of
     each batch size; of its repeats the worst counts. largest_gap: of the near-ties, in logits.
-    It costs at most what one more repeat of the answers that differ would.
+    It costs at most what the runs with a difference did, once.
     """
     greedy = [run for run in runs if run["temperature"] == 0]
     plain = {_place(run): run for run in greedy if run["arm"] == PLAIN}
     found = {}
     for arm, width in widths.items():
-        seen: dict[tuple[Any, ...], Divergence | None] = {}
+        seen: dict[str, list[Divergence | None]] = {}
         worst: dict[tuple[int, int], Divergence | None] = {}
         for run in (r for r in greedy if r["arm"] == arm and _place(r) in plain):
-            for n, (number, mine) in enumerate(zip(run["prompts"], run["ids"], strict=True)):
-                due, batch = plain[_place(run)]["ids"][n], len(run["prompts"])
-                key = (batch, number, tuple(due), tuple(mine))
-                if key not in seen:
-                    made = (Made.of(each, prompts) for each in (plain[_place(run)], run))
-                    seen[key] = judge(model, exact, *made, width=width, row=n)
+            due = plain[_place(run)]
+            made = Made.of(due, prompts), Made.of(run, prompts)
+            if (key := str(made)) not in seen:
+                seen[key] = judge(model, exact, *made, width=width)
+            for number, parted in zip(run["prompts"], seen[key], strict=True):
                 place = (run["batch"], number)
-                worst[place] = max(worst.get(place), seen[key], key=_severity)
+                worst[place] = max(worst.get(place), parted, key=_severity)
         found[arm] = _summary(worst)
     return found
 
@@ -208,34 +229,36 @@ def _place(run: dict[str, Any]) -> tuple[int, int, int]:
 
 
 @torch.inference_mode()
-def _replayed(model: Target, made: Made, row: int, at: int, width: int) -> Tensor:
-    """Logits [V] that chose token `at` of a row's answer, in passes over all rows as they were."""
+def _replayed(model: Target, made: Made, places: dict[int, int], width: int) -> dict[int, Tensor]:
+    """Of each of these rows the logits [V] that chose the token at its place in the answer, in
+    passes over all rows as they were."""
     ids, here = [p + a for p, a in zip(made.prompts, made.answers, strict=True)], model.device
-    last = len(made.prompts[row]) - 1 + at  # the token that they follow
-    path = max(map(max, made.drafted))
+    last = {r: len(made.prompts[r]) - 1 + at for r, at in places.items()}  # what they follow
     roots = [len(prompt) - 1 for prompt in made.prompts]
     cache = model.new_cache(len(ids), max(map(len, ids)) + width)
     padded = torch.tensor(_filled(made.prompts, max(map(len, made.prompts))), device=here)
     model.prefill(padded, [len(prompt) for prompt in made.prompts], cache)
-    live = list(range(len(ids)))
-    for turn in count():
+    live, found = list(range(len(ids))), dict[int, Tensor]()
+    for turn in range(max(map(len, made.accepted))):
         drafted = max(made.drafted[r][turn] for r in live)
-        M = drafted + 1 if path + 1 >= width or not drafted else width  # a tree is wider than deep
+        M = drafted + 1 if made.chains or not drafted else width
         # what an answer does not say may be anything: it is later
         blocks = _filled([ids[r][roots[r] : roots[r] + M] for r in live], M)
         ids_RM = torch.tensor(blocks, device=here)
         draft = Draft.chain(ids_RM[:, 1:], [M - 1] * len(live))
         logits_RMV = model.score(ids_RM[:, 0], draft, cache).logits_BMV
-        if roots[row] + made.accepted[row][turn] >= last:
-            return logits_RMV[live.index(row), last - roots[row]].double()
-        for r in live:
+        for place, r in enumerate(live):
+            if r in last and roots[r] <= last[r] <= roots[r] + made.accepted[r][turn]:
+                found[r] = logits_RMV[place, last[r] - roots[r]].double()
             roots[r] += made.accepted[r][turn] + 1
+        if len(found) == len(places):
+            break
         cache.length = [roots[r] for r in live]
         on = [i for i, r in enumerate(live) if turn + 1 < len(made.accepted[r])]
         if len(on) < len(live):
             live = [live[i] for i in on]
             cache.select(on)
-    raise AssertionError("the rounds of an answer make all its tokens")
+    return found
 
 
 def _filled(rows: list[list[int]], length: int) -> list[list[int]]:

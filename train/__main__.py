@@ -16,8 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.secrets import guard, redacted, refuse_word
+from train import halving
 from train.compose import CONF, RECIPES, refuse_commands, resolvers
 from train.grid import (
+    FEW,
     Axes,
     axes_of,
     base_word,
@@ -33,7 +35,8 @@ from train.grid import (
     words_of,
 )
 from train.mistakes import explain, no_choice, options, quoted, unreadable
-from train.plugins import refusal
+from train.plugins import chosen, refusal
+from train.sweep import BAD_INPUT
 from train.task import resolved, task
 
 # Hydra's others read configurations from elsewhere, or a pickle
@@ -96,38 +99,48 @@ def _sweep(overrides: list[Override]) -> int:
         axes = axes_of(overrides, composed)
         for words in each_part(overrides, axes):
             _composed(words)
+        sweeper = chosen(overrides).get("hydra/sweeper", "basic")
+        wrong = [] if int(os.environ.get("RANK", 0)) else _wrong(overrides, axes, composed, sweeper)
         if starts_nothing(composed):
             overrides, axes = to_show(overrides, axes)
-        elif not int(os.environ.get("RANK", 0)):
-            _warn_of_jobs(overrides, axes)
         with begun(overrides, axes, composed) as (sweep, words):
             sys.argv[1:] = ["--multirun", *words_of(overrides, axes), *words]
             code = swept(sweep, _hydra)
-        if composed.plan and not code:
-            show_whole(composed)
-        return code
+        if composed.plan:
+            show_whole(composed, sweeper)
+        return code or (BAD_INPUT if wrong else 0)
     except ValueError as error:
         _stop(str(error))
 
 
-def _warn_of_jobs(overrides: list[Override], axes: Axes) -> None:
-    """Names the jobs that cannot run, before any does. Raises ValueError where none can."""
+def _wrong(overrides: list[Override], axes: Axes, composed: DictConfig, sweeper: str) -> list[str]:
+    """The jobs that cannot run, told before any does. Raises ValueError where none can, or where
+    halving cannot compare them."""
     from train.run import planned
 
+    if composed.plan:  # from what is at hand
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     wrong: dict[str, str] = {}
     jobs = list(each_job(overrides, axes))
+    whole = []
     for name, words in jobs:
         try:
-            planned(resolved(_composed(words)))
+            stages = planned(resolved(_composed(words)))[1]
+            whole.append(halving.Job(tuple(words), name, tuple(stages)))
         except ValueError as error:
             wrong[name] = str(error)
         except OSError:  # the job, which may run elsewhere, will see
             continue
-    if wrong and len(wrong) == len(jobs):
+    if wrong and (len(wrong) == len(jobs) or sweeper == "halving"):
         name, said = next(iter(wrong.items()))
-        raise ValueError(f"no job of this sweep can run; {name}: {said}")
+        which = "no job of this sweep can run" if len(wrong) == len(jobs) else "a job cannot run"
+        raise ValueError(f"{which}; {name}: {said}")
+    if sweeper == "halving" and len(whole) == len(jobs) < FEW:
+        settings = {key: composed.hydra.sweeper[key] for key in ("eta", "rungs", "least")}
+        halving.Halving(whole, **settings)
     for name, said in wrong.items():
         print(f"warning: {name} cannot run, the other jobs will: {redacted(said)}", file=sys.stderr)
+    return list(wrong)
 
 
 def _without_local_rank(words: list[str]) -> list[str]:

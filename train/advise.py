@@ -34,8 +34,8 @@ MOST = 256  # tokens of the largest target call that is timed for it
 TOGETHER = 200_000_000  # parameters of drafters that are timed together, at least
 
 
-def run_advice(name: str, config: dict[str, Any]) -> tuple[int, None]:
-    """Prints the advice for a recipe and keeps it as JSON; returns the exit code."""
+def run_advice(name: str, config: dict[str, Any]) -> tuple[int, dict[str, str]]:
+    """Prints the advice for a recipe and keeps it as JSON; returns the exit code and no stages."""
     try:
         root = Path(str(config["output_dir"] or "outputs")).resolve()
         stages = plan(config, root)
@@ -45,9 +45,9 @@ def run_advice(name: str, config: dict[str, Any]) -> tuple[int, None]:
         write_json(file, advice.told() | {"proposal": proposal.told() if proposal else None})
         print(render(advice, proposal))
         so = "these costs are not those of a quiet machine; what is kept of them is used again"
-        if busy := mind(taken([watch.since()], torch.get_num_threads()), so):
+        if busy := mind(taken([watch.since()]), so):
             print(f"{busy} Remove {advice.kept} to measure anew.")
-        return 0, None
+        return 0, {}
     except ValueError as error:
         code, said = BAD_INPUT, str(error)
     except OSError as error:
@@ -55,7 +55,7 @@ def run_advice(name: str, config: dict[str, Any]) -> tuple[int, None]:
     except KeyboardInterrupt:
         code, said = 130, "stopped; what was measured is kept"
     print(f"error: {said}", file=sys.stderr)
-    return code, None
+    return code, {}
 
 
 def advise(
@@ -88,16 +88,26 @@ def advise(
         accepted=accepted,
     )
     file = ledger.file.with_name(ledger.file.name.replace("costs", f"advice-{name}"))
+    proposal = None
+    if trained:
+        purse = purse_of(budget, stages, model, root)
+
+        def time(new: dict[str, Blueprint]) -> list[Candidate]:
+            return _candidates(ledger, model, new, "", verify[1] + overhead)[0]
+
+        proposal = propose(name, purse, advice, blueprints, time)
+        advice = advice if accepted else _by_law(advice, proposal)
     fastest = blueprints[advice.fastest.name]
-    advice = replace(advice, batches=_batches(ledger, model, advice, fastest))
-    if not trained:
-        return advice, None, file
-    purse = purse_of(budget, stages, model, root)
+    return replace(advice, batches=_batches(ledger, model, advice, fastest)), proposal, file
 
-    def time(new: dict[str, Blueprint]) -> list[Candidate]:
-        return _candidates(ledger, model, new, "", verify[1] + overhead)[0]
 
-    return advice, propose(name, purse, advice, blueprints, time), file
+def _by_law(advice: Advice, proposal: Proposal) -> Advice:
+    """With the acceptance that the law gives the recipe's drafter, or else the best one."""
+    if not proposal.outlooks:
+        return advice
+    own = next((o for o in proposal.outlooks if o.name == advice.recipe), proposal.outlooks[0])
+    said = f"{own.name} after {own.asked.tokens:,.0f} tokens"
+    return replace(advice, alpha=own.alpha.value, expected=said)
 
 
 def _target(config: dict[str, Any], stages: list[Planned], folder: Path) -> tuple[Target, Ledger]:

@@ -258,8 +258,9 @@ def propose(
     part = "lm" if issubclass(blueprint.cls, LM) else chosen.name
     part = "" if chosen.name == advice.recipe else part
     words = purse.words(blueprint, part, chosen.asked, chosen.length)
-    fixed = forecaster.speed.fixed if forecaster.speed else None
-    return Proposal(budget, law, "", found, unknown, sweep, command(name, words), fixed)
+    speed, told = forecaster.speed, command(name, words)
+    shares = (speed.fixed, speed.added) if speed else (None, 0.0)
+    return Proposal(budget, law, "", found, unknown, sweep, told, *shares)
 
 
 def _after(

@@ -80,6 +80,9 @@ def axes_of(overrides: list[Override], composed: DictConfig) -> Axes:
     cannot use, for a single value of its axis, and where nothing is swept."""
     if composed.sweep.name:
         _require_stages(composed)
+    for override in overrides:
+        if _bare(override) in (composed.hydra.sweeper.get("params") or {}):
+            _require_value(override)
     axes = own = _presets(composed)
     for override in overrides:
         if override.is_sweep_override():
@@ -94,6 +97,12 @@ def axes_of(overrides: list[Override], composed: DictConfig) -> Axes:
     if not axes:
         raise ValueError("nothing is swept: give a key several values, or leave out -m")
     return axes
+
+
+def _require_value(override: Override) -> None:
+    """An axis starts from a value; `key=` and `key=[]` are none."""
+    if not (override.is_sweep_override() or override.is_delete()) and override.value() in ("", []):
+        raise ValueError(f"{override.input_line} has no value: give one, or several")
 
 
 def _presets(composed: DictConfig) -> Axes:
@@ -198,10 +207,7 @@ def each_part(overrides: list[Override], axes: Axes) -> Iterator[list[str]]:
 
 
 def each_job(overrides: list[Override], axes: Axes) -> Iterator[tuple[str, list[str]]]:
-    """The name and the words of every job, of the first FEW; none where a sampler chooses, or where
-    the sweeper plans them itself."""
-    if chosen(overrides).get("hydra/sweeper", "basic") != "basic":
-        return
+    """The name and the words of every job, of the first FEW; none where a sampler chooses."""
     for run in itertools.islice(_runs(overrides, axes) or [], FEW):
         words = [f"{key}={value}" for key, value in run.items()]
         yield " ".join(words), [*_fixed(overrides, axes), *words]
@@ -262,13 +268,14 @@ def _quoted(value: str) -> str:
     return f'"{escaped}"'
 
 
-def show_whole(composed: DictConfig) -> None:
+def show_whole(composed: DictConfig, sweeper: str) -> None:
     """Prints what the runs of a sweep that were planned take together."""
     from train.show import whole
 
     plain: Any = OmegaConf.to_container(composed.launch, resolve=True)
     bind(plain, "launch")
-    print(*whole(build(plain), Path(str(composed.output_dir or "outputs")).resolve()), sep="\n")
+    root = Path(str(composed.output_dir or "outputs")).resolve()
+    print(*whole(build(plain), root, sweeper), sep="\n")
 
 
 def swept(sweep: Sweep | None, run: Callable[[], None]) -> int:

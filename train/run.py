@@ -28,24 +28,24 @@ SEVERAL_RANKS = (*TRAINING, *DECODING, "train.cache.CacheStates")
 
 def run_recipe(
     name: str, config: dict[str, Any], job: Job | None = None
-) -> tuple[int, float | None]:
-    """Does what the switches ask; returns the exit code and the headline speedup, if measured.
+) -> tuple[int, dict[str, str]]:
+    """Does what the switches ask; returns the exit code and, of stages that are done, the folders.
     job: of a sweep, which notes how it goes, and waits for stages that others are making.
 
     Where a launcher has started this command several times, that of rank 0 does it, and the others
     run its stages with it."""
     crew = Crew.here()
     if crew and not crew.leads:
-        return crew.follow(config), None
-    code, speedup = _run_recipe(name, config, crew, job)
+        return crew.follow(config), {}
+    code, stages = _run_recipe(name, config, crew, job)
     if crew:
         crew.end(code)
-    return code, speedup
+    return code, stages
 
 
 def _run_recipe(
     name: str, config: dict[str, Any], crew: Crew | None, job: Job | None
-) -> tuple[int, float | None]:
+) -> tuple[int, dict[str, str]]:
     if config["plan"]:  # priced from what is at hand: no waiting for a Hub that may not answer
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
@@ -54,12 +54,12 @@ def _run_recipe(
             from train.show import show
 
             show(name, config, stages, root)
-            return 0, None
+            return 0, {}
         if config["view"]:
             from train.view import view
 
             view(config, stages)
-            return 0, None
+            return 0, {}
         launch.check(sys.argv[1:])
         _writable(root)
         print(*versions.shown(), sep="\n", flush=True)
@@ -68,11 +68,11 @@ def _run_recipe(
             crew.begin(config)
         return _run(name, launch, stages, root, crew, job)
     except ValueError as error:
-        return _say(BAD_INPUT, error, job), None
+        return _say(BAD_INPUT, error, job), {}
     except OSError as error:
-        return _say(ENVIRONMENT, error, job), None
+        return _say(ENVIRONMENT, error, job), {}
     except KeyboardInterrupt:
-        return _say(130, "stopped; the same command goes on where it was", job), None
+        return _say(130, "stopped; the same command goes on where it was", job), {}
 
 
 def planned(config: dict[str, Any]) -> tuple[Launch, list[Planned], Path]:
@@ -114,7 +114,7 @@ def _run(
     root: Path,
     crew: Crew | None,
     job: Job | None,
-) -> tuple[int, float | None]:
+) -> tuple[int, dict[str, str]]:
     reopen(stages)
     if job:
         job.planned(stages)
@@ -126,8 +126,9 @@ def _run(
         with job.turn(stage.folder) if job and not stage.done else nullcontext():
             code = _make(head, launch, stage, crew)
         if code or not stage.done:
-            return _ended(head, stage, code, job), None
-    return 0, _summary(name, stages)
+            return _ended(head, stage, code, job), {}
+    _summary(name, stages)
+    return 0, {stage.name: str(stage.folder) for stage in stages}
 
 
 def _make(head: str, launch: Launch, stage: Planned, crew: Crew | None) -> int:
@@ -183,12 +184,11 @@ def _write(stage: Planned) -> None:
     OmegaConf.save(OmegaConf.create(stage.config), stage.folder / "config.yaml")
 
 
-def _summary(name: str, stages: list[Planned]) -> float | None:
+def _summary(name: str, stages: list[Planned]) -> None:
     """What was made, where it is, how fast, and the next command to type."""
     results = {s.name: json.loads((s.folder / "result.json").read_text("utf-8")) for s in stages}
     seconds = sum(r.get("seconds", 0) for r in results.values())
     print(f"\n{name}: {len(stages)} stages, {seconds / 60:.1f} minutes of work in all")
-    speedup = None
     for stage in stages:
         kind = stage.config["_target_"]
         artifact = stage.folder / "artifact"
@@ -198,14 +198,12 @@ def _summary(name: str, stages: list[Planned]) -> float | None:
             report = json.loads((artifact / "report.json").read_text(encoding="utf-8"))
             print(*(f"  {line}" for line in headline_lines(report)), sep="\n")
             print(f"  report: {_shown(artifact / 'report.md')}, {_shown(artifact / 'report.html')}")
-            speedup = results[stage.name].get("speedup_T0")
         elif kind in ("train.publish.Publish", "train.base.BaseTarget"):
             print(f"  {stage.name}: {_shown(artifact)}")
     drafters = [s for s in stages if s.config["_target_"] == "train.distill.Distill"]
     if drafters:
         print(f"  drafter: {_shown(drafters[-1].folder / 'artifact')}")
     print("  next: the same command with view=true shows what it was trained on")
-    return speedup
 
 
 def _writable(root: Path) -> None:

@@ -1,5 +1,6 @@
 """`plan=true`: what a recipe would do, what it would take, and what has changed since."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,9 +44,10 @@ BENCH = "eval.bench.Bench"
 @dataclass
 class Bill:
     """What the runs of a sweep come to that this process plans: the stages to do, each once, by
-    their folders."""
+    their folders; hardware: whether that of another machine."""
 
     runs: int = 0
+    hardware: bool = False
     stages: dict[Path, Planned] = field(default_factory=dict)
     found: dict[Path, Estimate] = field(default_factory=dict)
 
@@ -77,21 +79,26 @@ def show(name: str, config: dict[str, Any], stages: list[Planned], root: Path) -
             print(f"\n  {stage.name}: as in a run before, {stage.folder}")
             continue
         found[stage.name] = estimate(
-            stage, shape, launch.world, rehearsed=not hardware, drafter=config.get("drafter")
+            stage,
+            shape,
+            launch.world,
+            rehearsed=not (hardware or stage.done),
+            drafter=config.get("drafter"),
         )
         print(f"\n  {stage.name}: {'done' if stage.done else 'to do'}, {stage.folder}")
         if stage.needs:
             print("    needs " + ", ".join(f"{k} from {v}" for k, v in stage.needs.items()))
-        print(f"    {_sentence(found[stage.name])}")
+        print(f"    {_sentence(found[stage.name], _took(stage))}")
         for line in [] if stage.done else changes(stage):
             print(f"    {line}")
     print(*forecast(config, stages, root, shape), sep="\n", end="")
     print(f"\nto do: {_total([found[stage.name] for stage in new if not stage.done])}")
-    if busy := mind(taken([watch.since()], torch.get_num_threads()), "measured times are too long"):
+    busy = mind(taken([watch.since()]), "measured times are too long")
+    if busy and any(found[stage.name].measured for stage in new):
         print(busy)
     several = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     if several:
-        BILL.runs += 1
+        BILL.runs, BILL.hardware = BILL.runs + 1, bool(hardware)
         BILL.stages |= {stage.folder: stage for stage in new}
         BILL.found |= {stage.folder: found[stage.name] for stage in new}
     if hardware and shape:
@@ -102,17 +109,20 @@ def show(name: str, config: dict[str, Any], stages: list[Planned], root: Path) -
         print(*findings(stages, launch, root, found), sep="\n")
 
 
-def whole(launch: Launch, root: Path) -> Iterator[str]:
-    """Lines that end the plans of a sweep: what all its runs take, stages that they share once."""
+def whole(launch: Launch, root: Path, sweeper: str) -> Iterator[str]:
+    """Lines that end the plans of a sweep: what all its runs take, stages that they share once. Of
+    a sampler's the first was planned, and what is halved ends before."""
     if not BILL.runs:
         return
-    todo = [
-        replace(stage, name=folder.name) for folder, stage in BILL.stages.items() if not stage.done
-    ]
+    stages = BILL.stages.items()
+    todo = [replace(stage, name=folder.name) for folder, stage in stages if not stage.done]
     found = {stage.name: BILL.found[stage.folder] for stage in todo}
-    takes = _total(list(found.values()))
-    yield f"\nall {BILL.runs} runs to their end: {len(todo)} stages to do, {takes}"
-    yield from findings(todo, launch, root, found)
+    who = f"all {BILL.runs} runs to their end"
+    who = "of the trials, the first" if sweeper == "optuna" else who
+    who += ", which halving cuts (above)" if sweeper == "halving" else ""
+    yield f"\n{who}: {len(todo)} stages to do, {_total(list(found.values()))}"
+    if not BILL.hardware:
+        yield from findings(todo, launch, root, found)
 
 
 def forecast(
@@ -233,7 +243,15 @@ def _on_gpu(stage: Planned, shape: Shape, ranks: int, found: Estimate) -> float:
     return found.memory - BASE - mapped(shape, parts)
 
 
-def _sentence(found: Estimate) -> str:
+def _took(stage: Planned) -> float | None:
+    """Seconds, of a stage that is done."""
+    if not stage.done:
+        return None
+    result = json.loads((stage.folder / "result.json").read_text(encoding="utf-8"))
+    return float(result.get("seconds", 0.0))
+
+
+def _sentence(found: Estimate, took: float | None) -> str:
     parts = [found.what] if found.what else []
     if found.tokens is not None:
         parts.append(f"{'at most ' if found.steps is None else ''}{found.tokens:,} tokens")
@@ -243,7 +261,9 @@ def _sentence(found: Estimate) -> str:
         parts.append(f"about {gib(found.memory)} of memory a rank")
     if found.disk is not None:
         parts.append(f"{'' if found.steps else 'at most '}{gib(found.disk)} of disk")
-    if found.seconds is not None:
+    if took is not None:
+        parts.append(f"took {_time(took)}")
+    elif found.seconds is not None:
         how = " (from a measured step)" if found.measured else ""
         parts.append(f"{_span(*found.seconds)}{how}")
     return ", ".join(parts) or "small"

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data.secrets import redacted
 from drafters.files import write_json
 from train.compose import inside
 from train.plan import Planned
@@ -171,7 +172,8 @@ class Job:
     def failed(self, error: object) -> None:
         """Notes the first sentence of what went wrong."""
         line = next(
-            (x.strip() for x in str(error).splitlines() if x.strip()), "no reason was given"
+            (x.strip() for x in redacted(str(error)).splitlines() if x.strip()),
+            "no reason was given",
         )
         self.note["error"] = re.split(r"(?<=[^.])[.] ", line)[0][:LONGEST]
 

@@ -1,7 +1,6 @@
 """One composed recipe, run: all of a plain command, or one job of a sweep, which may be in another
 process or on another machine than the command."""
 
-import json
 import os
 import sys
 import traceback
@@ -21,11 +20,13 @@ from train.sweep import BAD_INPUT, OWN, PAUSED, STOPPED, Job, Sweep, numbers, sh
 from train.track import outcome
 
 BUG = 1
+TOLD = ("tracker", "sweep")  # settings of which the tracker's own run is made
 SWITCHES = ("plan", "view", "advise")  # they train nothing, and leave no note
 
 
 def task(config: DictConfig) -> float | None:
-    """Runs the recipe, or does what its switches ask; returns the number that sweepers maximise.
+    """Runs the recipe, or does what its switches ask; returns what a sweep's job has measured of
+    the number that sweepers maximise.
 
     Raises SystemExit with an exit code other than 0. A job of a sweep leaves its code in its note
     instead, so that the others go on, and raises it only where it was told to stop."""
@@ -42,19 +43,29 @@ def task(config: DictConfig) -> float | None:
         name, settings = settled(config, here)
     except ValueError as error:
         print(f"error: {redacted(str(error))}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        _stop(BAD_INPUT, here)
+        return None
     leads = not int(os.environ.get("RANK", 0))
     trains = leads and not any(settings[switch] for switch in SWITCHES)
     if trains:
         os.environ["DRAFTSMITH_RUN"] = name
-    code, value = _runner(settings)(name, settings)
+    code, stages = _runner(settings)(name, settings)
     if code:
-        sys.exit(code)
+        _stop(code, here)
+        return None
     if trains:
         root = Path(str(settings["output_dir"] or "outputs")).resolve()
-        stages = json.loads((root / f"{name}.json").read_text(encoding="utf-8"))
-        _tell(settings, root, name, {"stages": stages, "code": code})
-    return value
+        run = f"{name}-{short_hash([Path(place).name for place in stages.values()], 12)}"
+        _tell(settings, root, run, {"stages": stages, "code": code})
+    return None
+
+
+def _stop(code: int, here: HydraConf) -> None:
+    """Ends the command; but one run of a sweep that is only shown leaves the others theirs, and
+    what is wrong with it was told before them (train/__main__.py)."""
+    several = here.mode is not None and here.mode.name == "MULTIRUN"
+    if not several or code != BAD_INPUT:
+        sys.exit(code)
 
 
 def settled(config: DictConfig, here: HydraConf) -> tuple[str, dict[str, Any]]:
@@ -98,8 +109,10 @@ def _check_budget(budget: Any, advise: bool) -> None:
         )
 
 
-def _runner(settings: dict[str, Any]) -> Callable[[str, dict[str, Any]], tuple[int, float | None]]:
-    """What the switches ask for: one recipe's name and settings -> exit code and speedup."""
+def _runner(
+    settings: dict[str, Any],
+) -> Callable[[str, dict[str, Any]], tuple[int, dict[str, str]]]:
+    """What the switches ask for: a recipe's name and settings -> exit code and stages' folders."""
     if settings["advise"]:
         from train.advise import run_advice
 
@@ -136,25 +149,29 @@ def _job(config: DictConfig, here: HydraConf) -> float | None:
     value = job.end(code)
     if code in STOPPED:
         sys.exit(code)
-    told = {key: OmegaConf.to_container(config[key], resolve=True) for key in ("tracker", "sweep")}
-    _tell(told, sweep.folder, sweep.folder.name, job.note | {"code": code})
+    try:
+        told = {key: OmegaConf.to_container(config[key], resolve=True) for key in TOLD}
+        run = f"{sweep.folder.name}-{job.file.stem}"
+        _tell(told, sweep.folder, run, job.note | {"code": code})
+    except OmegaConfBaseException:  # which is why the job has failed
+        return value
     return value
 
 
-def _tell(config: dict[str, Any], folder: Path, name: str, note: dict[str, Any]) -> None:
+def _tell(config: dict[str, Any], folder: Path, run: str, note: dict[str, Any]) -> None:
     """Gives a remote tracker what a recipe or job has come to: what its stages have measured, and
-    of a job of a sweep what it differs in, where it paused and why it failed."""
-    tracker = config["tracker"]
+    of a job of a sweep what it differs in, where it paused and why it failed. It ends nothing."""
     try:
-        bind(tracker, "tracker")
-    except ValueError:  # which its stages have said
+        bind(config["tracker"], "tracker")
+        values = numbers(note["stages"], config["sweep"]["maximises"])
+    except (ValueError, OSError) as error:  # settings that its stages have refused, a broken file
+        print(f"warning: no tracker was told: {redacted(str(error))}", file=sys.stderr)
         return
-    values = numbers(note["stages"], config["sweep"]["maximises"])
     if note["code"]:  # an earlier stage's is not what the table ranks by
         values.pop(config["sweep"]["maximises"], None)
     for tokens, tau in note.get("rungs", [])[-1:]:
         values |= {"rung/tokens": tokens} | ({} if tau is None else {"rung/tau": tau})
-    told = {key: note[key] for key in ("overrides", "error", "stages") if note.get(key)}
-    made = [note.get("overrides"), *(Path(place).name for place in note["stages"].values())]
+    told = {key: note.get(key) for key in ("overrides", "error")}
+    told["stages"] = {name: Path(place).name for name, place in note["stages"].items()}
     failed = 0 if note["code"] == PAUSED else note["code"]
-    outcome(build(tracker), folder, f"{name}-{short_hash(made, 12)}", told, values, failed)
+    outcome(build(config["tracker"]), folder, run, told, values, failed)

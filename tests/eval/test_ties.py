@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,7 +59,8 @@ def row(arm: str, ids: list[list[int]], **more: Any) -> dict[str, Any]:
     """What eval/runs.py leaves of a run, as far as it matters here."""
     rounds = [[0] * len(each) for each in ids]
     place = {"temperature": 0.0, "batch": 1, "repeat": 0, "group": 0, "prompts": [0]}
-    return place | {"arm": arm, "ids": ids, "drafted": rounds, "accepted": rounds} | more
+    made = {"drafted": rounds, "accepted": rounds, "nodes": [0] * len(ids)}
+    return place | {"arm": arm, "ids": ids} | made | more
 
 
 def of(prompts: list[list[int]], made: list[Answer]) -> Made:
@@ -72,7 +74,8 @@ def parting(
 ) -> ties.Divergence | None:
     """Of two answers of which it is not told how they were made."""
     made = Made.alone(prompt, one), Made.alone(prompt, two, width)
-    return ties.judge(model, exact, *made, width=width)
+    (parted,) = ties.judge(model, exact, *made, width=width)
+    return parted
 
 
 def test_flips_of_bf16_are_near_ties_and_a_replay_repeats_them():
@@ -81,7 +84,7 @@ def test_flips_of_bf16_are_near_ties_and_a_replay_repeats_them():
     found = 0
     for prompt, plain, other in flips(model):
         made = of([prompt], [plain]), of([prompt], [other])
-        parted = ties.judge(model, exact, *made, width=GAMMA + 1)
+        (parted,) = ties.judge(model, exact, *made, width=GAMMA + 1)
         assert parted is not None
         assert parted.replay is not None
         assert parted.tolerated, parted
@@ -110,7 +113,7 @@ def test_a_wide_pass_that_sees_the_wrong_text_excuses_nothing(monkeypatch):
         model, noisy(model), [prompt], sampling=Sampling(), max_new_tokens=TOKENS
     ).answers[0]  # fmt: skip
     made = Made.alone(prompt, plain), of([prompt], [other])
-    parted = ties.judge(model, exact, *made, width=GAMMA + 1)
+    (parted,) = ties.judge(model, exact, *made, width=GAMMA + 1)
     assert parted is not None
     assert parted.replay is not None
     assert parted.replay.gap <= 2 * parted.replay.moved
@@ -184,12 +187,22 @@ def test_agreement_counts_prompts_by_their_worst_repeat():
     assert "ours 4 of 5 identical, 0 at a near-tie, 1 wrong" in said["found"]
 
 
-@pytest.mark.parametrize("drafts", [False, True])
-def test_a_batch_is_read_again_as_it_was(drafts: bool):
+BATCH = [[3, 1, 4, 1, 5], [2, 7], [6, 6, 6, 1, 2, 3, 4, 5, 6], [9]]
+ENDS = frozenset({1, 5, 77, 200, 300, 412})  # so that answers have several lengths
+
+
+def together(model: Target, drafter: Any) -> list[Answer]:
+    """The answers to BATCH, decoded together."""
+    return decode(
+        model, drafter, BATCH, sampling=Sampling(), max_new_tokens=TOKENS, end_ids=ENDS
+    ).answers
+
+
+@pytest.mark.parametrize("drafts", ["", "of one length", "of several lengths"])
+def test_a_batch_is_read_again_as_it_was(drafts: str):
     """The same passes of the same rows, bit for bit, until the rows end one by one: in bf16 a pass
     over copies of one row would round differently. A tree's passes are as wide as its nodes."""
     model, _ = pair(torch.bfloat16)
-    prompts = [[3, 1, 4, 1, 5], [2, 7], [6, 6, 6, 1, 2, 3, 4, 5, 6], [9]]
     passes: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[], []]
     true = model.score
 
@@ -200,25 +213,56 @@ def test_a_batch_is_read_again_as_it_was(drafts: bool):
 
     model.score = noting  # type: ignore[method-assign]
     drafter = noisy(model) if drafts else None
-    ends = frozenset({1, 5, 77, 200, 300, 412})  # so that answers have several lengths
-    done = decode(model, drafter, prompts, sampling=Sampling(), max_new_tokens=TOKENS, end_ids=ends)
-    made, first = of(prompts, done.answers), passes[-1]
+    if drafter and drafts == "of several lengths":
+        drafter.stop_below = 0.1
+    made, first = of(BATCH, together(model, drafter)), passes[-1]
     rounds = [len(accepted) for accepted in made.accepted]
     assert len(set(rounds)) > 1
-    row = rounds.index(max(rounds))
-    last = len(made.answers[row]) - 1
+    ends = {row: len(answer) - 1 for row, answer in enumerate(made.answers)}
     passes.append([])
-    logits_V = ties._replayed(model, made, row, last, GAMMA + 1 if drafts else 1)
+    logits = ties._replayed(model, made, ends, 99)
     again = passes[-1]
     assert [root.tolist() for root, _ in again] == [root.tolist() for root, _ in first]
     assert [x.shape for _, x in again] == [x.shape for _, x in first]
+    several = len({logits_BMV.shape[1] for _, logits_BMV in first}) > 1
+    assert several == (drafts == "of several lengths")
     for (_, was), (_, now) in zip(first, again, strict=True):
         assert torch.equal(was[:, 0], now[:, 0])
-    assert int(logits_V.argmax()) == made.answers[row][-1]
+    for row, answer in enumerate(made.answers):
+        assert int(logits[row].argmax()) == answer[-1]
     passes.append([])
-    tree = Made(
-        made.prompts, made.answers, [[min(n, 2) for n in x] for x in made.drafted], made.accepted
-    )
-    ties._replayed(model, tree, row, last, 9)
+    ties._replayed(model, replace(made, chains=False), ends, 9)
     widths = {logits_BMV.shape[1] for _, logits_BMV in passes[-1]}
     assert widths == ({9} if drafts else {1})
+
+
+def test_each_row_of_a_batch_is_judged_by_itself():
+    """One row is wrong in the middle of its answer, while others live; the rest are as they are."""
+    model, exact = pair(torch.bfloat16)
+    plain, ours = together(model, None), together(model, noisy(model))
+    numbers = [2, 0, 3, 1]  # of the prompts in the bench's list
+    prompts = [BATCH[numbers.index(n)] for n in range(4)]
+    runs = []
+    for arm, made in ((ties.PLAIN, plain), ("ours", ours)):
+        rounds = {"drafted": [a.drafted for a in made], "accepted": [a.accepted for a in made]}
+        nodes = [sum(a.drafted) for a in made]
+        ids = [list(a.ids) for a in made]
+        runs.append(row(arm, ids, prompts=numbers, batch=4, nodes=nodes, **rounds))
+    found = ties.agreement(runs, prompts, model, exact, {"ours": GAMMA + 1})["ours"]
+    assert found["wrong"] == 0
+    mine = runs[1]["ids"][1]
+    due = runs[0]["ids"][1]
+    at = min(len(due), len(mine)) // 2
+    mine[at] = next(t for t in range(100, 512) if t != due[at] and t not in ENDS)
+    found = ties.agreement(runs, prompts, model, exact, {"ours": GAMMA + 1})["ours"]
+    assert found["wrong"] == 1
+    example = found["examples"][0]
+    assert (example["prompt"], example["position"], example["tolerated"]) == (0, at, False)
+    assert example["replay"]["gap"] > 0.1
+    assert example["replay"]["narrow_error"] < 0.1, "read at its own place, after its own prompt"
+
+
+def test_how_a_run_drafted_is_read_from_its_nodes():
+    chain = row("ours", [[1, 2]], drafted=[[3, 1]], accepted=[[0, 0]], nodes=[4])
+    assert Made.of(chain, [[7]]).chains
+    assert not Made.of(chain | {"nodes": [9]}, [[7]]).chains

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from scipy.stats import t as student
 
 from decoding.pretrained import contents_hash
 from decoding.target import Shape
@@ -82,6 +83,7 @@ def known(of: Asked, machine: str | None = None, off: float = 0.0) -> Known:
         **{"tau": Interval(tau, tau - 0.1, tau + 0.1), "speedup": Interval(speed, speed, speed)},
         **{"token": token, "verify": VERIFY, "overhead": 0.1, "rate": 500.0},
         machine=machine or here(),
+        fixed=0.0,
     )
 
 
@@ -227,18 +229,19 @@ def test_the_proposal_promises_whole_answers_where_runs_show_what_drafting_leave
     """Rounds alone would promise more than bench measures."""
     found = purse(Budget(tokens=40_000))
     amdahl = [
-        replace(run, speedup=run.speedup.through(lambda s: 1 / (0.2 + 0.8 / s)))
+        replace(run, fixed=0.2, speedup=run.speedup.through(lambda s: 1 / (0.25 + 0.8 / s)))
         for run in found.runs
         if run.speedup
     ]
     rounds, known_to, _ = proposed(found)
     made, _, _ = proposed(replace(found, runs=amdahl))
     one, two = rounds.outlooks[0].speedup.value, made.outlooks[0].speedup.value
-    assert made.fixed == pytest.approx(0.2)
-    assert two == pytest.approx(1 / (0.2 + 0.8 / one))
+    assert (made.fixed, made.added) == pytest.approx((0.2, 0.05))
+    assert two == pytest.approx(1 / (0.25 + 0.8 / one))
     plain = 0.8 * 1000 / known_to.candidates[1].plain  # tokens a second, prefill and all
     assert made.outlooks[0].per_second.value == pytest.approx(plain * two)
-    assert "Drafting leaves 20% of an answer's time as it is" in render(known_to, made)
+    said = "Drafting leaves 20% of an answer's time as it is (prefill above all) and adds 5%"
+    assert said in render(known_to, made)
     assert "T=0, whole answers):" in render(known_to, made)
     elsewhere = [replace(run, machine="another, 64 threads") for run in amdahl]
     unknown, _, _ = proposed(replace(found, runs=elsewhere))
@@ -289,6 +292,25 @@ def test_those_that_cannot_be_told_apart_are_named():
     assert "Not to be told apart from it: lm 1x128." in made.lines()
     exact, _, _ = proposed(found)
     assert not any(outlook.rival for outlook in exact.outlooks)
+
+
+def test_what_measured_speeds_scatter_is_in_the_interval_and_in_who_is_a_rival():
+    """Of each new drafter by itself; what is not known of their middle moves all alike."""
+    found = purse(Budget(tokens=40_000))
+    off = (0.06, -0.06, 0.03, -0.04, 0.05, -0.03, 0.0)
+    rough = [
+        replace(run, speedup=run.speedup.through(lambda s, by=by: s * math.exp(by)))
+        for run, by in zip(found.runs, off, strict=True)
+        if run.speedup
+    ]
+    made, _, _ = proposed(replace(found, runs=rough))
+    first = made.outlooks[0]
+    scatter = math.sqrt(sum(by * by for by in off) / 6)
+    wide = student.ppf(0.975, 6) * scatter * math.sqrt(1 + 1 / 7)
+    assert math.log(first.speedup.high / first.speedup.value) == pytest.approx(wide, rel=0.12)
+    assert math.log(first.speedup.value / first.speedup.low) == pytest.approx(wide, rel=0.12)
+    assert [o.name for o in made.outlooks if o.rival] == ["lm 1x128"]
+    assert not any(o.rival for o in proposed(found)[0].outlooks)
 
 
 def test_without_a_law_the_acceptance_is_said_to_be_assumed():

@@ -259,7 +259,7 @@ def test_a_mistake_is_found_before_anything_starts(name: str, tmp_path: Path, ca
     monkeypatch.setattr(Builtin, "fingerprint", lambda self: "0")
     mistake, said = LATER[name]
     config = compose("recipe=quickstart", f"output_dir={tmp_path / 'out'}", mistake)
-    assert run_recipe("quickstart", config) == (2, None)
+    assert run_recipe("quickstart", config) == (2, {})
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
     assert said in shown
@@ -286,7 +286,7 @@ def test_an_output_folder_that_cannot_be_written_to(tmp_path: Path, capsys, monk
 def test_a_plan_shows_everything_and_starts_nothing(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr(Builtin, "fingerprint", lambda self: "0")
     config = compose("recipe=quickstart", "plan=true", f"output_dir={tmp_path / 'out'}")
-    assert run_recipe("quickstart", config) == (0, None)
+    assert run_recipe("quickstart", config) == (0, {})
     shown = capsys.readouterr().out
     for stage in ("target", "pretrain", "generate", "finetune", "bench", "publish"):
         assert f"  {stage}: to do, {tmp_path}/out/stages/{stage}-" in shown
@@ -341,6 +341,7 @@ def advising(tmp_path: Path, monkeypatch) -> list[str]:
     """The words of a command that advises on a tiny target, with as few turns as there can be."""
     monkeypatch.setattr(Builtin, "fingerprint", lambda self: "0")
     monkeypatch.setattr(rounds, "TURNS", (1, 1))
+    monkeypatch.setattr("train.advise.taken", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     model = tiny_model(vocab=300, width=128, layers=6, heads=2, max_positions=256, spread=0.02)
     model.to(torch.float32).save_pretrained("target")
@@ -395,7 +396,7 @@ def test_advice_knows_what_bench_measured(advising, tmp_path: Path, capsys):
 
     def advice(**changes: object) -> str:
         (artifact / "report.json").write_text(json.dumps(report | changes))
-        assert run_advice("quickstart", compose(*advising)) == (0, None)
+        assert run_advice("quickstart", compose(*advising)) == (0, {})
         return capsys.readouterr().out
 
     shown = advice()
@@ -444,6 +445,6 @@ def test_advice_needs_a_target_at_hand(what: str, tmp_path: Path, capsys, monkey
     monkeypatch.setattr(Builtin, "fingerprint", lambda self: "0")
     words, said = NO_ADVICE[what]
     config = compose("recipe=quickstart", "advise=true", f"output_dir={tmp_path / 'out'}", *words)
-    assert run_advice("quickstart", config) == (2, None)
+    assert run_advice("quickstart", config) == (2, {})
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -146,16 +146,18 @@ def test_the_plan_of_a_sweep_has_what_its_runs_share_once(
 
     def price(stage: Planned, *_: Any, **__: Any) -> Estimate:
         asked.append(stage.name)
-        return Estimate("", disk=2**30, seconds=(60.0, 60.0))
+        return Estimate("", disk=2**30, seconds=(60.0, 60.0), measured=True)
 
     monkeypatch.setattr(show, "estimate", price)
     monkeypatch.setattr(show, "taken", lambda *_: 0.7)
+    monkeypatch.setattr("eval.others.needed", lambda: 2)
     assert sweep(tmp_path / "out", f"{LR}=0.1,0.2,0.3", "plan=true", *more.split()) == 0
     said = capsys.readouterr().out
     runs = 1 if "optuna" in more else 3
     assert asked == ["target", "pretrain", "generate", *["finetune"] * runs]
     assert said.count("as in a run before") == 3 * (runs - 1)
-    total = f"all {runs} runs to their end: {3 + runs} stages to do, about {3 + runs}.0 GiB of disk"
+    which = "of the trials, the first" if "optuna" in more else f"all {runs} runs to their end"
+    total = f"{which}: {3 + runs} stages to do, about {3 + runs}.0 GiB of disk"
     assert f"{total} and about {3 + runs}.0 minutes" in said
     assert said.count("disk: ") == 1, "of all runs at once"
     assert said.count("took 0.7 of this machine's cores meanwhile, so measured times are") == runs
@@ -181,6 +183,25 @@ def test_a_job_that_fails_does_not_lose_the_others(stages, tmp_path: Path, capsy
     assert warned.index("warning: ") < warned.index("run 0: "), "before anything is trained"
     assert f"-  {LR}=0.2: exit code 3: the loss is no number\n" in table
     assert f"-  {LR}=0.4: paused after 512 tokens (tau 1.250)\n" in table
+
+
+def test_a_plan_names_a_job_that_cannot_run_and_plans_the_others(
+    stages, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setattr(show, "BILL", show.Bill())
+    monkeypatch.setattr(show, "estimate", lambda *_, **__: Estimate("", seconds=(60.0, 60.0)))
+    assert sweep(tmp_path / "out", f"{LR}=-1,0.1,abc", "plan=true") == 2
+    said = capsys.readouterr()
+    assert said.err.count("cannot run, the other jobs will") == 2
+    assert f"warning: {LR}=abc cannot run" in said.err
+    assert "all 1 runs to their end: 4 stages to do" in said.out
+
+
+def test_what_cannot_be_halved_leaves_no_trace(stages, tmp_path: Path, capsys):
+    words = (f"{LR}=0.1,0.2", "hydra/sweeper=halving", "stages.finetune.schedule.tokens=512")
+    assert sweep(tmp_path / "out", *words) == 2
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_sweep_of_which_no_job_can_run_is_refused(stages, tmp_path: Path, capsys):
@@ -543,6 +564,8 @@ MISTAKES = {
         f"recipe=quickstart {LR}=interval(1e-4,1e-2)",
         "is an interval, and hydra/sweeper=basic takes values: add hydra/sweeper=optuna",
     ),
+    "no value": ("recipe=quickstart sweep=lr stages.finetune.optim.lr=", "has no value: give one"),
+    "empty": ("recipe=quickstart sweep=lr stages.finetune.optim.lr=[]", "has no value: give one"),
     "shown": (
         f"recipe=quickstart {LR}=1,2 --cfg job",
         "--cfg shows one configuration, and -m runs several: leave out one of the two",
@@ -659,6 +682,9 @@ def test_wandb_tells_the_story_of_the_local_table(stages, tmp_path: Path, monkey
     assert runs["0.1"]["numbers"]["target/seconds"] == 1
     assert runs["0.2"]["config"]["error"] in table[2], "the sentence of the table"
     assert runs["0.4"]["numbers"]["rung/tau"] == 1.25
+    assert runs["0.1"]["config"]["error"] is None, "so that an earlier one goes"
+    assert runs["0.1"]["config"]["stages"].keys() >= {"target", "finetune"}
+    assert str(tmp_path) not in str(runs["0.1"]["config"])
     first = [run["id"] for run in wandb.runs]
     assert sweep(tmp_path, *words) == 3
     assert [run["id"] for run in wandb.runs[4:]] == first, "and goes on with the same runs"
