@@ -141,7 +141,7 @@ def test_the_plan_finds_it_and_nothing_was_started(case, quickstart, tmp_path, c
     config = copy.deepcopy(quickstart) | {"output_dir": str(tmp_path / "out")}
     local = {"_target_": "data.sources.Local", "files": [place], "text": "{text}"}
     config["stages"]["pretrain"]["data"] = local
-    assert run_recipe("quickstart", config) == (2, None)
+    assert run_recipe("quickstart", config) == (2, {})
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
     assert place in shown
