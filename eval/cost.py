@@ -156,9 +156,9 @@ class Ledger:
         missing = {name: make() for name, make in wanted.items() if name not in self.known}
         if missing:
             found = in_turn({SPELL: Round(self.model, Fixed(0)), **missing}, said)
-            now = sum(found.pop(SPELL))
-            self.known.setdefault(SPELL, (now,))
-            pace = self.known[SPELL][0] / now
+            plain = sum(found.pop(SPELL))
+            self.known.setdefault(SPELL, (plain,))
+            pace = self.known[SPELL][0] / plain
             self.known |= {name: tuple(ms * pace for ms in parts) for name, parts in found.items()}
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.file, {"key": self.key, "milliseconds": self.known})
